@@ -113,7 +113,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """"On this task, this arm beats that arm on this metric", written down before the run.
+    """ "On this task, this arm beats that arm on this metric", written down before the run.
 
     Args:
         paper: slug.
