@@ -1,6 +1,11 @@
 """What goes wrong for reasons a user can mend: one clear line, exit code 2."""
 
-from importlib.util import find_spec
+import importlib.metadata
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["MissingExtra", "UserError", "extra", "require"]
 
 
 class UserError(ValueError):
@@ -10,20 +15,34 @@ class UserError(ValueError):
 class MissingExtra(ImportError):
     """A package of an optional extra is not installed."""
 
+    def __init__(self, absent: str, extra: str) -> None:
+        super().__init__(f"{absent} is not installed; it comes with: pip install 'counterproof[{extra}]'", name=absent)
 
-def require(extra: str, *modules: str) -> None:
-    """Check, without importing them, that the modules of an extra are installed.
 
-    Args:
-        extra: the extra of Counterproof that installs them, e.g. ``"generation"``.
-        modules: top-level module names, e.g. ``"torch"``.
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around the imports of what an extra installs.
 
     Raises:
-        MissingExtra: naming the absent modules and the command that installs them.
+        MissingExtra: in place of the bare error, when one of them is not there.
     """
-    absent = [name for name in modules if find_spec(name) is None]
-    if absent:
-        raise MissingExtra(
-            f"{', '.join(absent)} not installed; install the extra: pip install 'counterproof[{extra}]'",
-            name=absent[0],
-        )
+    try:
+        yield
+    except ModuleNotFoundError as problem:
+        raise MissingExtra(problem.name or str(problem), name) from None
+
+
+def require(name: str) -> None:
+    """Check, without importing anything, that all that an extra installs is there.
+
+    Raises:
+        MissingExtra: naming the first distribution that is not.
+    """
+    for requirement in importlib.metadata.requires("counterproof") or ():
+        what, _, marker = requirement.partition(";")
+        if re.search(rf"extra == ['\"]{re.escape(name)}['\"]", marker):
+            distribution = re.split(r"[^A-Za-z0-9._-]", what.strip(), maxsplit=1)[0]
+            try:
+                importlib.metadata.version(distribution)
+            except importlib.metadata.PackageNotFoundError:
+                raise MissingExtra(distribution, name) from None

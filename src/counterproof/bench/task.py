@@ -205,10 +205,10 @@ class Trial:
 
     def torch_generator(self, purpose: str) -> "torch.Generator":
         """The same for torch; a CPU generator, so that draws agree between devices."""
-        import torch
-
+        # By name, not by an import statement: a task that never asks for it does not depend on torch.
+        generator: torch.Generator = resolve("torch:Generator")()
         state = int(self._sequence(purpose).generate_state(1, np.uint64)[0])
-        return torch.Generator().manual_seed(state & (2**63 - 1))
+        return generator.manual_seed(state & (2**63 - 1))
 
     def _sequence(self, purpose: str) -> np.random.SeedSequence:
         return np.random.SeedSequence([self.seed, *purpose.encode()])

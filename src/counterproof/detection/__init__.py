@@ -1,7 +1,5 @@
 """Finding objects in pictures."""
 
-from counterproof.errors import require
 from counterproof.exports import lazy_exports
 
-require("detection", "torch", "transformers")
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

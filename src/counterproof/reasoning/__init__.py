@@ -1,7 +1,5 @@
 """Search and learning for reasoning."""
 
-from counterproof.errors import require
 from counterproof.exports import lazy_exports
 
-require("reasoning", "torch", "transformers")
 __getattr__, __dir__ = lazy_exports(__name__, __file__)

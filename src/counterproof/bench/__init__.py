@@ -1,0 +1,8 @@
+"""Honest comparison: tasks, arms, trials, claims, verdicts; the journal that keeps them and the engine that runs them.
+
+Offers every public name of its modules, each imported on first use.
+"""
+
+from counterproof.exports import lazy_exports
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

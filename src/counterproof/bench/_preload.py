@@ -1,0 +1,7 @@
+"""Imported by the process that trials are forked from: loads what the driver's environment names."""
+
+import os
+
+from counterproof.bench.worker import preload
+
+preload(os.environ.get("COUNTERPROOF_PRELOAD", "[]"))
