@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from counterproof.bench.engine import Engine, Point, cores, engine
 from counterproof.bench.journal import Journal
 from counterproof.bench.statistics import Assessment, assess, e_bh
 from counterproof.bench.task import Arm, Claim
 from counterproof.bench.trials import Record, Spec, canonical, now, specs, stale_parts
 from counterproof.errors import UserError
+
+if TYPE_CHECKING:
+    from counterproof.bench.engine import Engine
 
 __all__ = ["Comparison", "Pair", "Progress", "compare", "from_records", "survivors"]
 
@@ -204,6 +206,8 @@ def compare(
     Raises:
         UserError: an unknown budget or engine, a range of seeds that makes no sense, a journal that cannot be written.
     """
+    from counterproof.bench.engine import cores, engine  # not needed to show what was measured
+
     for claim in claims:
         if budget not in claim.task.budgets:
             known = ", ".join(claim.task.budgets)
@@ -237,7 +241,7 @@ class _Driver:
     def __init__(
         self,
         journal: Journal,
-        start: Callable[[], Engine],
+        start: Callable[[], "Engine"],
         jobs: int,
         since: str,
         watch: Callable[[Progress], None],
@@ -289,7 +293,7 @@ class _Driver:
             if not running:
                 time.sleep(POLL_EVERY)
             for event in events:
-                if isinstance(event, Point):
+                if not isinstance(event, Record):
                     spec = running[event.key]
                     shares[f"{spec.arm} {spec.seed}"] = event.values["progress"]
                     self._report(claim, pairs, most, assessment, shares)

@@ -17,7 +17,7 @@ from typing import Any, TextIO, get_args
 
 import psutil
 
-from counterproof.bench.trials import Outcome, Record, canonical, key_of
+from counterproof.bench.trials import Outcome, Record, canonical, key_of, stale_parts
 from counterproof.errors import UserError
 
 __all__ = ["Journal", "home"]
@@ -217,10 +217,12 @@ class Journal:
 
     # journals of other machines
 
-    def export(self, out: TextIO, paper: str | None = None) -> int:
-        """Write trials as JSON lines; returns how many."""
+    def export(self, out: TextIO, paper: str | None = None, current: bool = False) -> int:
+        """Write trials as JSON lines, only those of today's code and versions if asked; returns how many."""
         count = 0
         for record in self.trials(paper):
+            if current and stale_parts(record.parts):
+                continue
             out.write(json.dumps(record.as_json(), allow_nan=False) + "\n")
             count += 1
         return count

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
 from counterproof.bench.task import Better
 
@@ -91,7 +90,9 @@ def t_interval(effects: Effects, level: float = LEVEL) -> tuple[float, float]:
     n = len(x)
     if n < 2:
         return -math.inf, math.inf
-    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * float(x.std(ddof=1)) / math.sqrt(n)
+    from scipy.special import stdtrit  # a tenth of a second that listing papers need not wait for
+
+    half = float(stdtrit(n - 1, 0.5 + level / 2)) * float(x.std(ddof=1)) / math.sqrt(n)
     return float(x.mean()) - half, float(x.mean()) + half
 
 

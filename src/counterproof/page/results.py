@@ -1,0 +1,44 @@
+"""What was measured: by the project itself, kept as exported trials, and on this machine, kept in the journal."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from counterproof.bench.comparison import Comparison, from_records, survivors
+from counterproof.bench.journal import read_record
+from counterproof.bench.trials import Record
+from counterproof.page.catalogue import Paper
+
+__all__ = ["comparisons", "measured_by_us", "results_folder"]
+
+
+def results_folder() -> Path:
+    """Where the project's own trials lie: inside an installed package, or in the checkout it is run from."""
+    package = Path(__file__).parents[1]
+    installed = package / "results"
+    return installed if installed.is_dir() else package.parents[1] / "results"
+
+
+def _records(paper: Paper) -> Iterator[Record]:
+    file = results_folder() / f"{paper.slug}.jsonl"
+    if file.exists():
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                yield read_record(line, f"{file}:{number}")
+
+
+def measured_by_us(paper: Paper, budget: str = "quick") -> tuple[Comparison, ...]:
+    """The paper's claims as the project measured them; only those that it did.
+
+    Raises:
+        UserError: a results file with a line that is not a trial.
+    """
+    return comparisons(paper, list(_records(paper)), budget)
+
+
+def comparisons(paper: Paper, records: Sequence[Record] | Iterable[Record], budget: str) -> tuple[Comparison, ...]:
+    """The paper's claims as far as these trials settle them."""
+    records = list(records)
+    if not records:
+        return ()
+    found = (from_records(claim, records, budget) for claim in paper.claims if budget in claim.task.budgets)
+    return tuple(survivors([comparison for comparison in found if comparison is not None]))
