@@ -43,16 +43,15 @@ readme: env
 	$(BIN)/python -m counterproof.page.readme README.md
 
 # Peers the benchmarks measure against; never needed by the package.
-bench-env: .bench/.ready
+bench-env: .venv/.bench-ready
 
-.bench/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .bench
-	$(BIN)/python -m pip --version >/dev/null
-	.bench/bin/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[all,bench]'
+.venv/.bench-ready: .venv/.ready
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[bench]'
 	touch $@
 
-bench: env bench-env
-	for file in benchmarks/*.py; do .bench/bin/python $$file --json .bench/$$(basename $$file .py).json || exit 1; done
+bench: bench-env
+	mkdir -p .bench
+	for file in benchmarks/*.py; do $(BIN)/python $$file --json .bench/$$(basename $$file .py).json || exit 1; done
 
 clean:
 	rm -rf .venv .bench page.html .mypy_cache .ruff_cache

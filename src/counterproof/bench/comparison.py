@@ -257,7 +257,8 @@ class _Driver:
 
     def stop(self) -> None:
         if self._engine is not None:
-            self._journal.release(self._engine.cancel())
+            self._engine.cancel()
+            self._journal.release()  # also of a trial that an interrupt kept from being started
 
     def settle(
         self, claim: Claim, fewest: int, most: int, baseline: Sequence[Spec], method: Sequence[Spec]

@@ -6,14 +6,17 @@ instead of computing it too; the lease of a driver that died is free again.
 
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import Any, Literal, TextIO, get_args, get_origin
 
 import psutil
 
@@ -69,7 +72,7 @@ class Journal:
         self.path = path if path is not None else home() / "journal.sqlite"
         self._host = socket.gethostname()
         self._born = psutil.Process().create_time()
-        self._owner = f"{self._host}:{os.getpid()}:{self._born}"
+        self._owner = uuid.uuid4().hex
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
@@ -116,7 +119,8 @@ class Journal:
             yield
         except sqlite3.Error as problem:
             text = str(problem)
-            if "full" in text:
+            # Write-ahead logging on a full disk fails as an I/O error, not as a full disk.
+            if "full" in text or ("I/O" in text and shutil.disk_usage(self.path.parent).free < 1 << 20):
                 meaning = "the disk is full; free some space and repeat the command: finished trials are kept"
             elif "readonly" in text or "unable to open" in text:
                 meaning = "it cannot be written; set COUNTERPROOF_HOME to a folder that can"
@@ -278,10 +282,14 @@ class Journal:
         with self._clear_errors():
             self._db.execute("UPDATE leases SET beat = ? WHERE owner = ?", (time.time(), self._owner))
 
-    def release(self, keys: Sequence[str]) -> None:
-        """Give back leases without a result."""
+    def release(self, keys: Sequence[str] | None = None) -> None:
+        """Give back leases without a result, by default all that this journal holds."""
         with self._clear_errors(), self._transaction():
-            self._db.executemany("DELETE FROM leases WHERE key = ? AND owner = ?", [(key, self._owner) for key in keys])
+            if keys is None:
+                self._db.execute("DELETE FROM leases WHERE owner = ?", (self._owner,))
+            else:
+                own = [(key, self._owner) for key in keys]
+                self._db.executemany("DELETE FROM leases WHERE key = ? AND owner = ?", own)
 
     # fingerprints of the user's own files
 
@@ -338,6 +346,11 @@ def read_record(line: str, where: str) -> Record:
         record = Record(**value)
     except TypeError as problem:
         raise UserError(f"{where}: not an exported trial ({problem})") from None
+    for column in fields(Record):
+        origin = get_origin(column.type)
+        kind: Any = {Mapping: dict, list: list, Literal: str}.get(origin, column.type)
+        if not isinstance(getattr(record, column.name), kind):
+            raise UserError(f"{where}: {column.name} is {getattr(record, column.name)!r}, not of type {kind.__name__}")
     if record.outcome not in get_args(Outcome):
         raise UserError(f"{where}: unknown outcome {record.outcome!r}; expected one of {', '.join(get_args(Outcome))}")
     if key_of(record.parts) != record.key:

@@ -102,16 +102,13 @@ def seeds_needed(effects: Effects, null: float = 0.0, level: float = LEVEL, most
     if len(x) < 2:
         return None
     mean, variance = float(x.mean()) - null, float(x.var(ddof=1))
-    for n in range(len(x) + 1, most + 1):
-        squares = (n - 1) * variance + n * mean**2
-        if squares == 0:
-            return None
-        log_e = 0.5 * math.log(PRECISION / (n + PRECISION)) - 0.5 * n * math.log1p(
-            -((n * mean) ** 2) / ((n + PRECISION) * squares)
-        )
-        if log_e >= -math.log(1 - level):
-            return n
-    return None
+    if mean == 0:
+        return None
+    n = np.arange(len(x) + 1, most + 1)
+    squares = (n - 1) * (variance / mean**2) + n  # in units of the mean
+    log_e = 0.5 * np.log(PRECISION / (n + PRECISION)) - 0.5 * n * np.log1p(-(n**2) / ((n + PRECISION) * squares))
+    settled = np.flatnonzero(log_e >= -math.log(1 - level))
+    return int(n[settled[0]]) if len(settled) else None
 
 
 def e_bh(e_values: Sequence[float], alpha: float = 0.05) -> list[bool]:
@@ -146,7 +143,7 @@ def paired_effects(
         if effect == "ratio":
             if baseline <= 0 or method <= 0:
                 raise ValueError(f"a ratio needs positive values, not {method} over {baseline} (pair {index})")
-            finished[index] = sign * math.log(method / baseline)
+            finished[index] = sign * (math.log(method) - math.log(baseline))
         else:
             finished[index] = sign * (method - baseline)
     if not finished:
@@ -259,6 +256,7 @@ def assess(
     correlation = None
     if len(finished) >= 3:
         columns = np.array(finished).T
+        columns /= np.maximum(np.abs(columns).max(axis=1, keepdims=True), np.finfo(float).tiny)
         if all(np.ptp(column) > 0 for column in columns):
             correlation = float(np.corrcoef(columns)[0, 1])
     left_out = [(total - value) / (count - 1) for value in effects] if count > 1 else None

@@ -1,0 +1,5 @@
+"""``python -m counterproof``."""
+
+from counterproof.cli import main
+
+main()
