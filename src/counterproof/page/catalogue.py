@@ -68,7 +68,7 @@ SECTIONS = {
 REQUIRED: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
     {"slug": str, "title": str, "year": int, "room": str, "tags": list, "status": str, "summary": str}
 )
-OPTIONAL: Mapping[str, type] = MappingProxyType({"arxiv": str, "repository": str})
+OPTIONAL: Mapping[str, type] = MappingProxyType({"arxiv": str, "repository": str, "defaults": dict})
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -85,6 +85,7 @@ class Paper:
         status: ``runs`` when method, claims and tests are here; ``planned`` until then.
         arxiv: id without version, or None.
         repository: owner/name of the official or reference code, or None.
+        defaults: the paper's values by ``name.parameter``; the code's defaults are tested against them.
         sections: Markdown by heading, in order.
         package: the package that holds card, method and claims.
         path: the card.
@@ -99,6 +100,7 @@ class Paper:
     status: Literal["runs", "planned"]
     arxiv: str | None
     repository: str | None
+    defaults: Mapping[str, Any]
     sections: Mapping[str, str]
     package: str
     path: Path
@@ -130,6 +132,7 @@ class Paper:
             "status": self.status,
             "summary": self.summary,
             "repository": self.repository,
+            "defaults": dict(self.defaults),
             "module": self.module if self.status == "runs" else None,
             "sections": dict(self.sections),
         }
@@ -169,7 +172,7 @@ def read_card(path: Path, package: str) -> Paper:
         if key not in REQUIRED and key not in OPTIONAL:
             raise wrong(str(key), f"one of {', '.join([*REQUIRED, *OPTIONAL])} as the key")
         if key in OPTIONAL and not isinstance(value, OPTIONAL[key]):
-            raise wrong(key, "text in quotes")
+            raise wrong(key, "a mapping" if OPTIONAL[key] is dict else "text in quotes")
     if front["slug"].replace("-", "_") != path.stem:
         raise wrong("slug", f"{path.stem.replace('_', '-')!r}, as the file is called")
     if front["room"] not in ROOMS:
@@ -202,6 +205,7 @@ def read_card(path: Path, package: str) -> Paper:
         status=front["status"],
         arxiv=front.get("arxiv"),
         repository=front.get("repository"),
+        defaults=MappingProxyType(front.get("defaults", {})),
         sections=MappingProxyType(dict(zip(headings, (body.strip() for body in bodies), strict=True))),
         package=package,
         path=path,
@@ -230,7 +234,10 @@ def _packages() -> Iterator[tuple[Path, str]]:
     for room in ROOMS:
         yield here / room, f"counterproof.{room}"
     for point in entry_points(group=GROUP):
-        spec = find_spec(point.value)
+        try:
+            spec = find_spec(point.value)
+        except ModuleNotFoundError:  # a parent is not there
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise CardError(
                 f"the entry point {point.name} = {point.value!r} of {point.dist and point.dist.name} names no package; "
@@ -241,7 +248,7 @@ def _packages() -> Iterator[tuple[Path, str]]:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """The known words most like one that is not known, as the tail of a message."""
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

@@ -28,7 +28,7 @@ class Hit:
 def search(query: str, papers: Sequence[Paper]) -> list[Hit]:
     """Papers that match, best first (bm25 over slug, title, tags, summary and text).
 
-    Papers with all words come before papers with some. A word also matches its inflections (Porter stems) and what it
+    The paper of that very slug comes first; papers with all words come before papers with some. A word also matches its inflections (Porter stems) and what it
     begins; one that no card has is replaced by the most similar words of the cards.
 
     Args:
@@ -72,7 +72,8 @@ def search(query: str, papers: Sequence[Paper]) -> list[Hit]:
             )
             for number, rank in query_rows:
                 ranked.setdefault(number, Hit(papers[number], -rank, shown))
-        return list(ranked.values())
+        slug = "-".join(words)
+        return sorted(ranked.values(), key=lambda hit: hit.paper.slug != slug)  # stable: the rank stands otherwise
 
 
 def rows(papers: Sequence[Paper]) -> list[tuple[int, str, str, str, str, str]]:
