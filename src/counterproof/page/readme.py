@@ -1,4 +1,4 @@
-"""The README's tables, made from the cards and from the project's own trials: ``python -m counterproof.page.readme``."""
+"""The README's tables, made from cards and from the project's own trials: ``python -m counterproof.page.readme``."""
 
 import re
 import sys
