@@ -87,14 +87,13 @@ def check_room(name: str | None) -> None:
 def papers(room: str | None, as_json: bool) -> None:
     """List the papers on the page."""
     from counterproof.page.catalogue import papers
-    from counterproof.page.text import papers_table
 
     check_room(room)
     chosen = [paper for paper in papers().values() if room in (None, paper.room)]
     if as_json:
         write_json([paper.as_json() for paper in chosen])
     else:
-        show_table(papers_table(chosen))
+        show_table([(paper.slug, str(paper.year), paper.room, paper.status, paper.title) for paper in chosen])
 
 
 @cli.command()
@@ -103,11 +102,14 @@ def papers(room: str | None, as_json: bool) -> None:
 def show(slug: str, as_json: bool) -> None:
     """Show a paper: its card, and what was measured of it."""
     from counterproof.page.catalogue import find_paper
-    from counterproof.page.results import measured_by_us
-    from counterproof.page.text import full_text
 
     paper = find_paper(slug)
-    measured = measured_by_us(paper)
+    measured: Sequence[Comparison] = ()
+    if paper.status == "runs":
+        from counterproof.page.results import measured_by_us
+        from counterproof.page.text import full_text
+
+        measured = measured_by_us(paper)
     if as_json:
         write_json({**paper.as_json(), "measured": [comparison.as_json() for comparison in measured]})
         return

@@ -13,9 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 Better = Literal["lower", "higher"]
@@ -195,22 +194,26 @@ class Trial:
         self._off_clock = 0.0
         self._started = time.process_time()
 
-    def rng(self, purpose: str) -> np.random.Generator:
+    def rng(self, purpose: str) -> "np.random.Generator":
         """A NumPy generator of this seed for one purpose: the same for every arm, independent between purposes.
 
         One purpose, one generator: an arm that draws more often than another from ``rng("noise")`` leaves
         ``rng("batches")`` where it was, so the arms stay paired.
         """
+        import numpy as np  # here, because declaring tasks and claims must not wait for it
+
         return np.random.Generator(np.random.PCG64(self._sequence(purpose)))
 
     def torch_generator(self, purpose: str) -> "torch.Generator":
         """The same for torch; a CPU generator, so that draws agree between devices."""
         # By name, not by an import statement: a task that never asks for it does not depend on torch.
         generator: torch.Generator = resolve("torch:Generator")()
-        state = int(self._sequence(purpose).generate_state(1, np.uint64)[0])
+        state = int(self._sequence(purpose).generate_state(1, "uint64")[0])
         return generator.manual_seed(state & (2**63 - 1))
 
-    def _sequence(self, purpose: str) -> np.random.SeedSequence:
+    def _sequence(self, purpose: str) -> "np.random.SeedSequence":
+        import numpy as np
+
         return np.random.SeedSequence([self.seed, *purpose.encode()])
 
     def cost(self) -> float:

@@ -1,11 +1,9 @@
 """Comparisons as plain text: for the terminal, and for the README's table."""
 
 import math
-from collections.abc import Sequence
 
 from counterproof.bench.comparison import Comparison
 from counterproof.bench.task import Claim
-from counterproof.page.catalogue import Paper
 
 __all__ = ["duration", "effect_text", "full_text", "interval_text", "number", "verdict_line"]
 
@@ -141,8 +139,3 @@ def _effect(comparison: Comparison, pair: object) -> str:
     if baseline is None or method is None:
         return "-"
     return effect_text(claim, method / baseline if claim.effect == "ratio" else method - baseline)
-
-
-def papers_table(papers: Sequence[Paper]) -> list[tuple[str, str, str, str, str]]:
-    """Rows of slug, year, room, status, title."""
-    return [(paper.slug, str(paper.year), paper.room, paper.status, paper.title) for paper in papers]
