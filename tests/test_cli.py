@@ -138,6 +138,8 @@ BAD = [
     (["check", "shrunken-mean", "--seeds", "many"], "not MIN:MAX"),
     (["check", "shrunken-mean", "--jobs", "0"], "--jobs"),
     (["check", "shrunken-mean", "--engine", "cloud"], "unknown engine 'cloud'"),
+    (["check", "shrunken-mean", "--device", "cuda:77"], "--device cuda:77"),
+    (["check", "shrunken-mean", "--device", "abacus"], "--device abacus"),
     (["compare", "shrunken-task", "--arms", "a,b"], "no task 'shrunken-task'; did you mean shrunken-mean-task"),
     (["compare", "shrunken-mean-task", "--arms", "mean,shrunk-mean"], "no arm 'shrunk-mean'; did you mean"),
     (["compare", "shrunken-mean-task", "--arms", "mean"], "two or more different arms"),

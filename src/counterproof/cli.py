@@ -265,7 +265,7 @@ def run_claims(
 ) -> None:
     from counterproof.bench.comparison import compare, survivors
     from counterproof.bench.journal import Journal
-    from counterproof.bench.owned import own_data, own_model
+    from counterproof.bench.owned import own_data, own_device, own_model
     from counterproof.page.text import full_text, verdict_line
 
     journal = Journal()
@@ -285,7 +285,7 @@ def run_claims(
                 seeds=seeds,
                 jobs=jobs,
                 engine_name=engine,
-                device=device,
+                device=own_device(device),
                 data=own,
                 model=own_model(task, model, journal) if model is not None else None,
                 fresh=fresh,

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from counterproof.errors import UserError
-from counterproof.page.catalogue import read_card
+from counterproof.page import new
+from counterproof.page.catalogue import find_paper, read_card
 from counterproof.page.new import new_paper
 
 
@@ -40,6 +42,25 @@ def test_its_four_files_pass(package, tmp_path):
     ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E,F,W,B,UP", "--line-length", "120"]
     lint = subprocess.run([*ruff, tmp_path], capture_output=True, text=True)
     assert lint.returncode == 0, lint.stdout
+
+
+def test_a_planned_card_keeps_its_text_and_begins_to_run(package, monkeypatch):
+    planned = find_paper("group-detr")
+    path = package / "group_detr.md"
+    path.write_text(planned.path.read_text())
+    moved = replace(planned, path=path)
+    monkeypatch.setattr(new, "papers", lambda: {"group-detr": moved})
+    new_paper("group-detr", "detection", package)
+    card = read_card(path, "mine.papers")
+    assert card.status == "runs"
+    assert card.title == planned.title
+    assert card.arxiv == planned.arxiv
+    for heading in ("Idea", "What the paper reports", "Limits", "Sources"):
+        assert card.sections[heading] == planned.sections[heading]
+    assert card.sections["How it is used here"].startswith(planned.sections["How it is used here"])
+    assert "counterproof check group-detr" in card.sections["How it is used here"]
+    with pytest.raises(UserError, match="exists; nothing was written"):
+        new_paper("group-detr", "detection", package)
 
 
 def test_nothing_is_overwritten(package):

@@ -1,4 +1,4 @@
-"""The user's own data and model: read and checked before any trial, and part of every trial's key."""
+"""The user's own data, model and device: checked before any trial, and part of every trial's key."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from counterproof.bench.journal import Journal
 from counterproof.bench.task import Task, resolve
 from counterproof.errors import UserError
 
-__all__ = ["OwnData", "own_data", "own_model"]
+__all__ = ["OwnData", "own_data", "own_device", "own_model"]
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,22 @@ def own_model(task: Task, model: str, journal: Journal) -> tuple[str, str]:
     if path.exists():
         return str(path.resolve()), journal.fingerprint(path)
     return model, model
+
+
+def own_device(device: str) -> str:
+    """The device, once torch has said that it is there; the processor needs no torch.
+
+    Raises:
+        UserError: a device that is not one, or not on this machine.
+    """
+    if device == "cpu":
+        return device
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise UserError(f"--device {device} needs torch; install the extra of the room that is compared") from None
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as problem:  # torch asserts that it was compiled with CUDA
+        raise UserError(f"--device {device}: {str(problem).splitlines()[0]}") from None
+    return device
