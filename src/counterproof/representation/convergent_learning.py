@@ -1,7 +1,7 @@
 """Convergent learning: align the units of two networks one-to-one, one-to-many and many-to-many.
 
 Paper: arXiv 1511.07543 (ICLR 2016).
-Read beside: YixuanLi/convergent_learning (unit matching, mutual information, sparse-prediction prototxt files and logs).
+Read beside: YixuanLi/convergent_learning (unit matching, mutual information, sparse prediction: prototxt files, logs).
 Deviations: matching by `counterproof.assign.linear_assignment` instead of networkx (same optimum); the lasso of the
 sparse map is solved exactly on second moments instead of by SGD; mutual information is in nats with the Miller-Madow
 bias, where the authors take nats minus a bias in bits; the cluster tree is our reading of the abstract and of the
@@ -18,15 +18,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import integrate, stats
 from scipy.cluster import hierarchy
-from sklearn.base import BaseEstimator
-from sklearn.linear_model import lasso_path
-from torch import nn
 
 from counterproof.assign import linear_assignment
+from counterproof.errors import extra
+
+with extra("representation"):
+    import torch
+    from sklearn.base import BaseEstimator
+    from sklearn.linear_model import lasso_path
+    from torch import nn
 
 __all__ = [
     "PairedStatistics",
@@ -185,12 +188,12 @@ def _first_tensor(value: Any, where: str) -> torch.Tensor:
     for item in items:
         if torch.is_tensor(item):
             return item
-    raise TypeError(f"{where} gave {type(value).__name__}; expected a tensor, or a tuple, list or mapping that holds one")
+    raise TypeError(
+        f"{where} gave {type(value).__name__}; expected a tensor, or a tuple, list or mapping that holds one"
+    )
 
 
-def _rows(
-    output: torch.Tensor, positions: int | None, unit_axis: int | None, seed: int, first: int
-) -> NDArray[Any]:
+def _rows(output: torch.Tensor, positions: int | None, unit_axis: int | None, seed: int, first: int) -> NDArray[Any]:
     """(samples * positions, units) from a layer's output; `first` is the running number of its first sample."""
     if output.ndim < 2:
         raise ValueError(f"a layer's output needs a batch and a unit axis, not shape {tuple(output.shape)}")
@@ -278,21 +281,24 @@ class PairedStatistics:
         Raises:
             ValueError: fewer than two samples.
         """
-        if self.count < 2:
-            raise ValueError(f"correlations need at least 2 samples, not {self.count}")
-        return self._scatter / self.count
+        self._enough()
+        covariance: Floats = self._scatter / self.count
+        return covariance
 
     @property
     def std(self) -> Floats:
         """(units_a + units_b,); exactly 0 for a dead unit, one that is constant over the samples."""
-        std = np.sqrt(np.clip(np.diag(self.covariance), 0, None))
+        self._enough()
+        std = np.sqrt(np.diag(self._scatter) / self.count)
         return np.where(std <= DEAD * np.abs(self.mean), 0.0, std)
 
     @property
     def correlation(self) -> Floats:
         """Joint matrix [[within A, A with B], [B with A, within B]]; NaN in the rows and columns of dead units."""
-        std = np.where(self.std > 0, self.std, np.nan)
-        return np.clip(self.covariance / np.outer(std, std), -1.0, 1.0)
+        std = self.std
+        std = np.where(std > 0, std, np.nan)
+        correlation: Floats = np.clip(self.covariance / np.outer(std, std), -1.0, 1.0)
+        return correlation
 
     @property
     def live_a(self) -> Integers:
@@ -303,6 +309,10 @@ class PairedStatistics:
     def live_b(self) -> Integers:
         """Indices of B's units that are not dead."""
         return np.flatnonzero(self.std[self.units_a :] > 0)
+
+    def _enough(self) -> None:
+        if self.count < 2:
+            raise ValueError(f"correlations need at least 2 samples, not {self.count}")
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -346,13 +356,14 @@ def _standardised(fitted: PairedStatistics, given: PairedStatistics) -> Floats:
     """Second moments about 0 of `given` in the units in which `fitted` has mean 0 and variance 1; 0 for dead units."""
     scale = np.divide(1.0, fitted.std, where=fitted.std > 0, out=np.zeros_like(fitted.std))
     mean = (given.mean - fitted.mean) * scale
-    return given.covariance * np.outer(scale, scale) + np.outer(mean, mean)
+    moments: Floats = given.covariance * np.outer(scale, scale) + np.outer(mean, mean)
+    return moments
 
 
 # --- one-to-one -----------------------------------------------------------------------------------------------------
 
 
-class UnitMatcher(BaseEstimator):
+class UnitMatcher(BaseEstimator):  # type: ignore[misc]
     """One-to-one alignment of units, beside the greedy one in which a unit of B may be taken several times.
 
     Greedy ("semi-matching"): every unit of A takes its most similar unit of B. Matching: the pairing of distinct units
@@ -385,9 +396,7 @@ class UnitMatcher(BaseEstimator):
         n_samples_: rows used.
     """
 
-    def __init__(
-        self, similarity: Literal["correlation", "mutual_info"] = "correlation", bins: int = 10
-    ) -> None:
+    def __init__(self, similarity: Literal["correlation", "mutual_info"] = "correlation", bins: int = 10) -> None:
         self.similarity = similarity
         self.bins = bins
 
@@ -499,7 +508,7 @@ def _expected_maximum(count: int) -> float:
     """E max of `count` independent standard normal values: int_0^inf (1 - Phi^k) - int_-inf^0 Phi^k."""
     x = np.linspace(-9.0, 9.0, 20_001)
     below = np.exp(count * stats.norm.logcdf(x))
-    return float(np.trapezoid(np.where(x > 0, 1 - below, -below), x))
+    return float(integrate.trapezoid(np.where(x > 0, 1 - below, -below), x))
 
 
 def _rank_correlation(x: Floats, y: Floats) -> float:
@@ -525,7 +534,8 @@ def _mutual_information(a: NDArray[Any], b: NDArray[Any], bins: int) -> Floats:
         independent, where=joint > 0, out=np.zeros_like(joint)
     )
     bias = ((margin_a > 0).sum(-1) - 1) * ((margin_b > 0).sum(-1) - 1) / (2 * samples)
-    return (joint * log_ratio).sum((2, 3)) - bias
+    information: Floats = (joint * log_ratio).sum((2, 3)) - bias
+    return information
 
 
 def _binned(values: NDArray[Any], bins: int) -> Integers:
@@ -559,52 +569,471 @@ def _cycles(partner: Integers, length: int) -> Integers:
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ELEMENTWISE = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
-    *(nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Identity),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.Identity,
 )
-POOLING = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-)
-ELEMENTWISE_CALLS = ("relu", "relu_", "gelu", "silu", "leaky_relu", "elu", "tanh", "sigmoid", "dropout")
-POOLING_CALLS = tuple(
-    f"{kind}_pool{dimension}d" for kind in ("max", "avg", "adaptive_avg") for dimension in (1, 2, 3)
-)
+POOLING = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+ELEMENTWISE_CALLS = {"relu", "relu_", "leaky_relu", "elu", "gelu", "silu", "tanh", "sigmoid", "dropout"}
+POOLING_CALLS = {"max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 
 
 def _permuted(net: nn.Module, layer: str, order: torch.Tensor) -> nn.Module:
     """A copy of `net` in which new unit i of `layer` is old unit ``order[i]``, with the same function."""
     result = copy.deepcopy(net)
-    modules = dict(result.named_modules())
-    producer, between, consumer = _chain(result, layer)
-    touched = [modules[name] for name in (producer, *between, consumer)]
-    counts: dict[int, int] = {}
+    producer, norms, flattened, consumer = _chain(result, layer)
+    uses: dict[int, int] = {}
     for _, parameter in result.named_parameters(remove_duplicate=False):
-        counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    if any(counts[id(parameter)] > 1 for module in touched for parameter in module.parameters()):
-        raise ValueError(f"a weight around layer {layer!r} is shared with another module: it cannot be permuted")
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    for module in (producer, *norms, consumer):
+        if any(uses[id(parameter)] > 1 for parameter in module.parameters()):
+            raise ValueError(f"a weight next to layer {layer!r} is shared with another module: it cannot be permuted")
+        if getattr(module, "groups", 1) != 1:
+            raise ValueError(f"a grouped convolution next to layer {layer!r} ties its units to each other")
 
-    source, target = modules[producer], modules[consumer]
-    convolution = isinstance(source, CONVOLUTIONS)
-    units = source.out_channels if convolution else source.out_features
+    units, inputs = producer.weight.shape[0], consumer.weight.shape[1]
     if units != len(order):
         raise ValueError(f"layer {layer!r} has {units} units in this net, but {len(order)} were matched")
-    for module in (source, target):
-        if getattr(module, "groups", 1) != 1:
-            raise ValueError(f"a grouped convolution next to layer {layer!r} ties units to each other")
-    inputs = target.in_channels if isinstance(target, CONVOLUTIONS) else target.in_features
-    flattened = any(isinstance(modules.get(name), nn.Flatten) for name in between) or "flatten" in between
-    if inputs != units and not (convolution and flattened and inputs % units == 0):
-        raise ValueError(f"{consumer!r} reads {inputs} features, which are not the {units} units of layer {layer!r}")
+    by_channel = isinstance(producer, CONVOLUTIONS)
+    if by_channel == isinstance(consumer, CONVOLUTIONS):
+        reads_units = inputs == units and not (by_channel and flattened)
+    else:
+        reads_units = by_channel and flattened and inputs % units == 0
+    if not reads_units or any(norm.num_features != units for norm in norms):
+        raise ValueError(f"what follows layer {layer!r} does not read its {units} units one by one")
+
     with torch.no_grad():
-        order = order.to(source.weight.device)
-        _reorder(source, order, "weight", "bias")
-        for name in between:
-            if isinstance(modules.get(name), BATCH_NORMS):
-                _reorder(modules[name], order, "weight", "bias", "running_mean", "running_var")
-        weight = target.weight
-        blocks = weight.reshape(weight.shape[0], units, -1)  # a flattened map keeps each channel's places together
+        for module in (producer, *norms):
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                values = getattr(module, name, None)
+                if values is not None:
+                    values.copy_(values[order.to(values.device)])
+        weight = consumer.weight
+        blocks = weight.reshape(weight.shape[0], units, -1)  # a flattened map keeps the places of a channel together
         weight.copy_(blocks[:, order.to(weight.device)].reshape(weight.shape))
     return result
+
+
+def _chain(net: nn.Module, layer: str) -> tuple[Any, list[Any], bool, Any]:
+    """The module whose outputs are the units of `layer`, BatchNorms after it, whether a flatten follows, the reader."""
+    try:
+        nodes = list(torch.fx.symbolic_trace(net).graph.nodes)
+    except Exception as problem:  # whatever the net's own forward raises under tracing
+        raise ValueError(f"the net cannot be traced, so no permutation can be proved harmless: {problem}") from problem
+    modules = dict(net.named_modules())
+    calls = [node.target for node in nodes if node.op == "call_module"]
+    node = next((node for node in nodes if node.op == "call_module" and node.target == layer), None)
+    if node is None:
+        raise ValueError(f"no call of a layer {layer!r} in the traced net; it calls {', '.join(map(str, calls))}")
+
+    def refuse(node: torch.fx.Node, why: str) -> ValueError:
+        return ValueError(f"cannot permute layer {layer!r}: {node.target!s} {why}")
+
+    def kind(node: torch.fx.Node) -> str:
+        """What a node does to the units; raises for what mixes them or is unknown."""
+        if node.op == "call_module":
+            module = modules[str(node.target)]
+            if calls.count(node.target) > 1:
+                raise refuse(node, "runs more than once")
+            # Exact classes: a subclass or a reparametrised module may compute something else.
+            if type(module) in (nn.Linear, *CONVOLUTIONS):
+                return "weights"
+            if type(module) in BATCH_NORMS:
+                return "norm"
+            if type(module) in POOLING:
+                return "pool"
+            if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
+                return "flatten"
+            if type(module) in ELEMENTWISE:
+                return "elementwise"
+        elif node.op in ("call_function", "call_method"):
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            if name == "flatten" and (*node.args[1:], *node.kwargs.values()) in ((1,), (1, -1)):
+                return "flatten"
+            if name in POOLING_CALLS:
+                return "pool"
+            if name in ELEMENTWISE_CALLS:
+                return "elementwise"
+        raise refuse(node, "is not known to leave units apart")
+
+    def successor(node: torch.fx.Node) -> torch.fx.Node:
+        if len(node.users) != 1:
+            raise refuse(node, f"has {len(node.users)} successors: branches need one permutation shared by all")
+        following = next(iter(node.users))
+        if following.op == "output":
+            raise refuse(node, "is the net's output, whose order is part of the function")
+        if following.all_input_nodes != [node]:
+            raise refuse(following, "joins several branches, as in a residual net")
+        return following
+
+    while kind(node) != "weights":
+        if kind(node) == "flatten" or len(node.all_input_nodes) != 1:
+            raise refuse(node, "does not carry one unit per output feature")
+        node = node.all_input_nodes[0]
+    producer = modules[str(node.target)]
+    norms: list[Any] = []
+    flattened = False
+    while kind(node := successor(node)) != "weights":
+        if kind(node) == "norm":
+            norms.append(modules[str(node.target)])
+        elif kind(node) == "flatten":
+            flattened = True
+        elif kind(node) == "pool" and (flattened or isinstance(producer, nn.Linear)):
+            raise refuse(node, "pools over the units")
+    return producer, norms, flattened, modules[str(node.target)]
+
+
+# --- one-to-many ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SparsePath:
+    """What sparse prediction costs and needs along the path, densest point last.
+
+    Attributes:
+        alpha: (points,), descending.
+        loss: (points,), half the squared error of a standardised unit, mean over the live units of B.
+        predictors: (points,), units of A used per unit of B, mean.
+        loss_by_unit, predictors_by_unit: (points, units_b); NaN and 0 for dead units.
+        null: the loss of predicting every unit's mean; 0.5 on the samples of the fit.
+    """
+
+    alpha: Floats
+    loss: Floats
+    predictors: Floats
+    loss_by_unit: Floats
+    predictors_by_unit: Integers
+    null: float
+
+    def select(self, share: float = 0.9) -> int:
+        """The sparsest point that explains at least `share` of what the best point explains (loss below `null`)."""
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, not {share}")
+        explained = self.null - self.loss
+        return int(np.argmax(explained >= share * explained.max()))
+
+
+class SparseMapper(BaseEstimator):  # type: ignore[misc]
+    """One-to-many: predict every unit of B as a sparse linear combination of the units of A (section 3.2).
+
+    Units are standardised by mean and standard deviation of the fit. For every unit b of B, with a the units of A,
+
+        minimise over w:   1/2 E (b - w . a)^2  +  alpha |w|_1
+
+    which is scikit-learn's ``Lasso(alpha, fit_intercept=False)`` on the standardised samples, solved by its coordinate
+    descent. The paper penalises all of W by one lambda: alpha = lambda if its data term is summed over the units of
+    B, alpha = units_b * lambda if averaged. The authors' logs fit the average: their loss levels off at 0.5, not at
+    0.5 * units_b, once the penalty has emptied W, and it does so from lambda * units_b of about 1.
+
+    Args:
+        alphas: ``"path"`` for 20 values from the smallest that empties W down to a thousandth of it, in equal ratios,
+            and 0 (ordinary least squares, of least norm where the units of A are collinear); or the values, >= 0.
+        threshold: a weight counts as a used predictor above this size (standardised units).
+        tol, max_iter: of the coordinate descent.
+
+    Attributes:
+        alphas_: (points,), descending.
+        coef_: (points, units_a, units_b); zero for dead units.
+        path_: `SparsePath` on the samples of the fit; use `path` for held-out samples.
+    """
+
+    def __init__(
+        self,
+        alphas: Literal["path"] | Sequence[float] = "path",
+        threshold: float = 1e-3,
+        tol: float = 1e-6,
+        max_iter: int = 10_000,
+    ) -> None:
+        self.alphas = alphas
+        self.threshold = threshold
+        self.tol = tol
+        self.max_iter = max_iter
+
+    def fit(self, a: ArrayLike | PairedStatistics, b: ArrayLike | None = None) -> Self:
+        """Solve the path.
+
+        Args:
+            a: (samples, units_a), or `PairedStatistics`.
+            b: (samples, units_b) with the same rows; None after `PairedStatistics`.
+
+        Raises:
+            ValueError: bad samples as for `UnitMatcher.fit`; a negative, missing or non-finite alpha.
+        """
+        statistics = _statistics(a, b)
+        live_a, live_b = statistics.live_a, statistics.live_b
+        joint = np.concatenate([live_a, statistics.units_a + live_b])
+        correlation = statistics.correlation[np.ix_(joint, joint)]
+        within, between = correlation[: len(live_a), : len(live_a)], correlation[: len(live_a), len(live_a) :]
+        self.alphas_ = self._grid(float(np.abs(between).max()))
+
+        # The problem depends on second moments only, so any data with these moments will do: as many rows as units.
+        values, vectors = np.linalg.eigh(correlation)
+        data = np.asfortranarray((vectors * np.sqrt(np.clip(values, 0, None) * len(values))).T)
+        predictors, targets = data[:, : len(live_a)], data[:, len(live_a) :]
+        penalties = self.alphas_[self.alphas_ > 0]
+        self.coef_ = np.zeros((len(self.alphas_), statistics.units_a, statistics.units_b))
+        for column, unit in enumerate(live_b):
+            if len(penalties):
+                _, weights, _ = lasso_path(
+                    predictors,
+                    targets[:, column],
+                    alphas=penalties,
+                    precompute=within * len(values),
+                    Xy=between[:, column] * len(values),
+                    tol=self.tol,
+                    max_iter=self.max_iter,
+                    random_state=0,  # unused by cyclic descent, but None would advance NumPy's global generator
+                )
+                self.coef_[: len(penalties), live_a, unit] = weights.T
+        if len(penalties) < len(self.alphas_):
+            self.coef_[-1][np.ix_(live_a, live_b)] = _inverses(within)[0] @ between
+        self._fitted = statistics
+        self.path_ = self.path(statistics)
+        return self
+
+    def path(self, a: ArrayLike | PairedStatistics, b: ArrayLike | None = None) -> SparsePath:
+        """Loss and predictors of the fitted maps on other samples, in the standardisation of the fit.
+
+        Raises:
+            ValueError: other numbers of units than fitted.
+        """
+        given = _same_units(self._fitted, _statistics(a, b))
+        units_a = given.units_a
+        moments = _standardised(self._fitted, given)
+        within, between, target = moments[:units_a, :units_a], moments[:units_a, units_a:], np.diag(moments)[units_a:]
+        live = np.isin(np.arange(given.units_b), self._fitted.live_b)
+        explained = 2 * (self.coef_ * between).sum(1) - (self.coef_ * (within @ self.coef_)).sum(1)
+        loss = np.where(live, 0.5 * (target - explained), np.nan)
+        used = (np.abs(self.coef_) > self.threshold).sum(1)
+        return SparsePath(
+            alpha=self.alphas_,
+            loss=loss[:, live].mean(1),
+            predictors=used[:, live].mean(1),
+            loss_by_unit=loss,
+            predictors_by_unit=used,
+            null=float(0.5 * target[live].mean()),
+        )
+
+    def _grid(self, largest: float) -> Floats:
+        if isinstance(self.alphas, str):
+            if self.alphas != "path":
+                raise ValueError(f"alphas must be 'path' or a sequence of numbers, not {self.alphas!r}")
+            return np.append(np.geomspace(largest, 1e-3 * largest, 20), 0.0)
+        alphas = np.unique(np.asarray(self.alphas, dtype=np.float64))[::-1]
+        if len(alphas) == 0 or not np.isfinite(alphas).all() or alphas[-1] < 0:
+            raise ValueError(f"alphas must be finite numbers >= 0, at least one, not {self.alphas!r}")
+        return alphas
+
+
+# --- many-to-many ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UnitCluster:
+    """A group of units of both nets, and whether they span the same space.
+
+    Attributes:
+        units_a, units_b: indices; either may be empty.
+        mean_squared_correlation: over all pairs of different units of the group; NaN for a single unit.
+        r2_b_from_a, r2_a_from_b: share of variance that all units of one side explain of the other's, linearly, mean
+            over the explained units; NaN unless both sides have units (as all that follows).
+        r2_one_to_one: the same for the best one-to-one pairing of the group's units, unpaired ones explaining nothing,
+            mean over the units of the smaller side: subspaces are shared and bases are not where this is far lower.
+        canonical_correlations: of the two spans, descending, as many as the smaller side has units.
+    """
+
+    units_a: Integers
+    units_b: Integers
+    mean_squared_correlation: float
+    r2_b_from_a: float
+    r2_a_from_b: float
+    r2_one_to_one: float
+    canonical_correlations: Floats
+
+    @property
+    def shared(self) -> bool:
+        """Whether the group holds units of both nets."""
+        return len(self.units_a) > 0 and len(self.units_b) > 0
+
+
+class UnitClusters(BaseEstimator):  # type: ignore[misc]
+    """Many-to-many: hierarchical spectral clustering of the units of both nets together (section 3.3).
+
+    The units of both nets are nodes of one graph, weighted by their joint correlations, within the nets and between
+    them. Each unit is placed by the lowest eigenvectors of L = I - D^(-1/2) W D^(-1/2), rows scaled to length 1, and
+    Ward's agglomeration in that space gives the tree. A cluster with units of both nets is a candidate for a shared
+    subspace; `clusters_` says how far it is one. Which weights the paper takes and where it cuts was not available:
+    the defaults are ours. Untrained nets share clusters too, so use them as the control.
+
+    Args:
+        n_clusters: cut the tree into this many; None cuts every branch at the largest subtrees of at most `max_size`.
+        max_size: most units in a cluster, of both nets together, when `n_clusters` is None.
+        affinity: edge weights from correlations r, which must not be negative: ``"squared"`` r^2, ``"absolute"`` |r|,
+            ``"positive"`` max(r, 0).
+
+    Attributes:
+        labels_a_, labels_b_: (units_a,), (units_b,), cluster of each unit; -1 for dead units.
+        clusters_: a `UnitCluster` per label, measured on the samples of the fit; `evaluate` takes others.
+        n_clusters_: how many.
+        shared_fraction_: share of clusters that hold units of both nets.
+        embedding_: (live units, eigenvectors), A's live units first. As many eigenvectors as `n_clusters`; when that
+            is None, as many as precede the largest gap of eigenvalues, between the fewest clusters that `max_size`
+            allows and half of the units.
+        linkage_: the tree over these rows, in SciPy's format.
+    """
+
+    def __init__(
+        self,
+        n_clusters: int | None = None,
+        max_size: int = 8,
+        affinity: Literal["squared", "absolute", "positive"] = "squared",
+    ) -> None:
+        self.n_clusters = n_clusters
+        self.max_size = max_size
+        self.affinity = affinity
+
+    def fit(self, a: ArrayLike | PairedStatistics, b: ArrayLike | None = None) -> Self:
+        """Cluster the units of two nets.
+
+        Args:
+            a: (samples, units_a), or `PairedStatistics`.
+            b: (samples, units_b) with the same rows; None after `PairedStatistics`.
+
+        Raises:
+            ValueError: bad samples as for `UnitMatcher.fit`; n_clusters, max_size or affinity out of range.
+        """
+        statistics = _statistics(a, b)
+        live = np.concatenate([statistics.live_a, statistics.units_a + statistics.live_b])
+        if self.n_clusters is not None and not 1 <= self.n_clusters <= len(live):
+            raise ValueError(f"n_clusters must be from 1 to the {len(live)} live units, not {self.n_clusters}")
+        if self.max_size < 1:
+            raise ValueError(f"max_size must be at least 1, not {self.max_size}")
+        self.embedding_ = self._embedding(statistics.correlation[np.ix_(live, live)])
+        self.linkage_ = hierarchy.linkage(self.embedding_, method="ward")
+        if self.n_clusters is None:
+            labels = _subtrees(self.linkage_, self.max_size)
+        else:
+            labels = hierarchy.cut_tree(self.linkage_, n_clusters=[self.n_clusters])[:, 0]
+        joint = np.full(statistics.units_a + statistics.units_b, -1)
+        joint[live] = labels
+        self.labels_a_, self.labels_b_ = joint[: statistics.units_a], joint[statistics.units_a :]
+        self.n_clusters_ = int(labels.max()) + 1
+        self._fitted = statistics
+        self.clusters_ = self.evaluate(statistics)
+        self.shared_fraction_ = float(np.mean([cluster.shared for cluster in self.clusters_]))
+        return self
+
+    def evaluate(self, a: ArrayLike | PairedStatistics, b: ArrayLike | None = None) -> list[UnitCluster]:
+        """The fitted clusters, with linear maps and canonical directions of the fit measured on other samples.
+
+        Raises:
+            ValueError: other numbers of units than fitted.
+        """
+        given = _same_units(self._fitted, _statistics(a, b))
+        return [
+            _cluster(
+                self._fitted, given, np.flatnonzero(self.labels_a_ == label), np.flatnonzero(self.labels_b_ == label)
+            )
+            for label in range(self.n_clusters_)
+        ]
+
+    def _embedding(self, correlation: Floats) -> Floats:
+        if self.affinity == "squared":
+            weights = correlation**2
+        elif self.affinity == "absolute":
+            weights = np.abs(correlation)
+        elif self.affinity == "positive":
+            weights = np.clip(correlation, 0, None)
+        else:
+            raise ValueError(f"affinity must be 'squared', 'absolute' or 'positive', not {self.affinity!r}")
+        units = len(weights)
+        root = 1 / np.sqrt(weights.sum(1))  # every unit correlates with itself, so no degree is 0
+        values, vectors = np.linalg.eigh(np.eye(units) - root[:, None] * weights * root)
+        dimensions = self.n_clusters
+        if dimensions is None:
+            fewest = -(-units // self.max_size)
+            gaps = np.diff(values)[fewest - 1 : max(fewest, units // 2)]
+            dimensions = fewest + int(gaps.argmax()) if len(gaps) else units
+        vectors = vectors[:, :dimensions]
+        vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(dimensions)])  # eigh leaves it open
+        norm = np.linalg.norm(vectors, axis=1, keepdims=True)
+        embedding: Floats = vectors / np.where(norm > 0, norm, 1.0)
+        return embedding
+
+
+def _subtrees(linkage: Floats, max_size: int) -> Integers:
+    """Labels of the largest subtrees with at most `max_size` leaves, numbered by their first leaf."""
+    leaves = len(linkage) + 1
+    members: dict[int, list[int]] = {leaf: [leaf] for leaf in range(leaves)}
+    for step, (left, right, _, size) in enumerate(linkage):
+        if size <= max_size:
+            members[leaves + step] = members.pop(int(left)) + members.pop(int(right))
+    labels = np.empty(leaves, dtype=np.intp)
+    for label, group in enumerate(sorted(members.values(), key=min)):
+        labels[group] = label
+    return labels
+
+
+def _cluster(fitted: PairedStatistics, given: PairedStatistics, units_a: Integers, units_b: Integers) -> UnitCluster:
+    joint = np.concatenate([units_a, fitted.units_a + units_b])
+    correlation = given.correlation[np.ix_(joint, joint)]
+    squared = _mean(correlation[np.triu_indices(len(joint), 1)] ** 2)
+    if not (len(units_a) and len(units_b)):
+        nan = float("nan")
+        return UnitCluster(units_a, units_b, squared, nan, nan, nan, np.empty(0))
+
+    a, b = slice(0, len(units_a)), slice(len(units_a), None)
+    learnt = fitted.correlation[np.ix_(joint, joint)]
+    between = learnt[a, b]
+    inverse_a, root_a = _inverses(learnt[a, a])
+    inverse_b, root_b = _inverses(learnt[b, b])
+    moments = _standardised(fitted, given)[np.ix_(joint, joint)]
+    spread = (given.std / np.where(fitted.std > 0, fitted.std, 1))[joint]
+
+    def r2(source: slice, target: slice, weights: Floats) -> Floats:
+        """Per target unit on the given samples; NaN for a unit that is dead there."""
+        cross = (weights * moments[source, target]).sum(0)
+        power = (weights * (moments[source, source] @ weights)).sum(0)
+        error = np.diag(moments)[target] - 2 * cross + power
+        variance = np.where(spread[target] > 0, spread[target] ** 2, np.nan)
+        values: Floats = 1 - error / variance
+        return values
+
+    rows, columns = linear_assignment(-(between**2))
+    single = np.zeros_like(between)
+    single[rows, columns] = between[rows, columns]
+
+    left, _, right = np.linalg.svd(root_a @ between @ root_b, full_matrices=False)
+    left, right = root_a @ left, root_b @ right.T
+    covariance = np.nan_to_num(correlation) * np.outer(spread, spread)
+    power = (left * (covariance[a, a] @ left)).sum(0) * (right * (covariance[b, b] @ right)).sum(0)
+    shared = (left * (covariance[a, b] @ right)).sum(0)
+    return UnitCluster(
+        units_a=units_a,
+        units_b=units_b,
+        mean_squared_correlation=squared,
+        r2_b_from_a=_mean(r2(a, b, inverse_a @ between)),
+        r2_a_from_b=_mean(r2(b, a, inverse_b @ between.T)),
+        r2_one_to_one=_mean(r2(a, b, single) if len(units_b) <= len(units_a) else r2(b, a, single.T)),
+        canonical_correlations=np.sort(shared / np.sqrt(np.where(power > 0, power, np.inf)))[::-1],
+    )
+
+
+def _inverses(correlation: Floats) -> tuple[Floats, Floats]:
+    """Pseudo-inverse and its symmetric root; directions with less than 1e-10 of the largest variance are left out."""
+    values, vectors = np.linalg.eigh(correlation)
+    values, vectors = values[values > 1e-10 * values[-1]], vectors[:, values > 1e-10 * values[-1]]
+    return (vectors / values) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T
+
+
+def _mean(values: Floats) -> float:
+    """Mean without NaN; NaN when nothing is left."""
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else float("nan")
