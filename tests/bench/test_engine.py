@@ -103,7 +103,7 @@ def test_a_cancelled_trial_is_gone(spec):
 
 
 def test_an_unknown_engine_is_named():
-    with pytest.raises(UserError, match=r"'slurmm'.*local"):
+    with pytest.raises(UserError, match=r"'slurmm'.*local, slurm"):
         engine("slurmm", 1, [])
 
 

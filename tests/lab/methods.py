@@ -37,7 +37,7 @@ def hangs(trial):
 def hoards(trial):
     kept = []
     while trial.seed == 1:
-        kept.append(np.ones(40_000_000))
+        kept.append(np.ones(150_000_000))
         time.sleep(0.005)
     return 1.0
 

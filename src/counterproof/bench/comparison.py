@@ -206,7 +206,7 @@ def compare(
     Raises:
         UserError: an unknown budget or engine, a range of seeds that makes no sense, a journal that cannot be written.
     """
-    from counterproof.bench.engine import cores, engine  # not needed to show what was measured
+    from counterproof.bench.engine import engine, jobs_at_once  # not needed to show what was measured
 
     for claim in claims:
         if budget not in claim.task.budgets:
@@ -226,7 +226,7 @@ def compare(
         ]
         plans.append((claim, fewest, most, arms[0], arms[1]))
     examples = [arm[0] for _, _, _, *arms in plans for arm in arms]
-    at_once = jobs or max(1, cores() // max((spec.threads for spec in examples), default=1))
+    at_once = jobs or jobs_at_once(engine_name, max((spec.threads for spec in examples), default=1))
     driver = _Driver(journal, lambda: engine(engine_name, at_once, examples), at_once, since, watch)
     try:
         for claim, fewest, most, baseline, method in plans:
@@ -339,7 +339,8 @@ class _Driver:
         return {key: record for key, record in found.items() if not self._again(record)}
 
     def _again(self, record: Record) -> bool:
-        return record.outcome == "killed" and self._attempts.get(record.key, 0) < ATTEMPTS
+        retries = {"killed"} if self._engine is None else self._engine.retries
+        return record.outcome in retries and self._attempts.get(record.key, 0) < ATTEMPTS
 
     def _report(
         self, claim: Claim, pairs: Sequence[Pair], most: int, assessment: Assessment, shares: Mapping[str, float]

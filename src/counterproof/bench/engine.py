@@ -21,10 +21,10 @@ import psutil
 
 from counterproof.bench import worker
 from counterproof.bench.code import closure
-from counterproof.bench.trials import Record, Spec, now, roots
+from counterproof.bench.trials import Outcome, Record, Spec, now, roots
 from counterproof.errors import UserError
 
-__all__ = ["Engine", "Local", "Point", "cores", "engine"]
+__all__ = ["Engine", "Local", "Point", "cores", "engine", "jobs_at_once"]
 
 PRELOAD = "COUNTERPROOF_PRELOAD"
 LOOK_EVERY = 0.05  # seconds between looks at the memory and the clock of running trials
@@ -43,6 +43,8 @@ class Engine(Protocol):
     """What a comparison needs of the place where its trials run."""
 
     jobs: int
+    retries: frozenset[Outcome]
+    """Outcomes that are not the trial's doing, after which the driver runs it again with the same seed."""
 
     def submit(self, spec: Spec) -> None:
         """Start a trial, or queue it."""
@@ -59,20 +61,30 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def jobs_at_once(name: str, threads: int) -> int:
+    """Trials an engine runs at a time unless told otherwise: one per core of this machine, or 16 on a cluster."""
+    return max(1, cores() // threads) if name == "local" else 16
+
+
 def engine(name: str, jobs: int, prepare: Sequence[Spec]) -> Engine:
     """The engine of that name.
 
     Args:
-        name: ``"local"``.
+        name: ``"local"`` or ``"slurm"``.
         jobs: trials at a time.
         prepare: examples of the trials to come, one of each arm, so that what they import is loaded once.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or an engine that this machine does not have.
+        MissingExtra: an engine whose extra is not installed.
     """
-    if name != "local":
-        raise UserError(f"unknown engine {name!r}; known: local")
-    return Local(jobs, threads=max((spec.threads for spec in prepare), default=1), prepare=prepare)
+    if name == "local":
+        return Local(jobs, threads=max((spec.threads for spec in prepare), default=1), prepare=prepare)
+    if name == "slurm":
+        from counterproof.bench.slurm import Slurm
+
+        return Slurm(jobs)
+    raise UserError(f"unknown engine {name!r}; known: local, slurm")
 
 
 @dataclass
@@ -102,13 +114,12 @@ class Local:
         prepare: examples of the trials to come.
     """
 
+    retries: frozenset[Outcome] = frozenset({"killed"})
+
     def __init__(self, jobs: int, *, threads: int = 1, prepare: Sequence[Spec] = ()) -> None:
         self.jobs = jobs
         self._running: dict[str, _Running] = {}
-        self._environment = {
-            name: str(threads)
-            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-        } | {"TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", PRELOAD: _imports(prepare)}
+        self._environment = {**worker.environment(threads), PRELOAD: _imports(prepare)}
         # A fork of a small process that has torch loaded takes milliseconds; a fresh interpreter takes seconds.
         self._context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
         if sys.platform != "win32":

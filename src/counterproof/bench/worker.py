@@ -23,9 +23,23 @@ from counterproof.bench.code import our_packages
 from counterproof.bench.task import Arm, Diverged, Trial, resolve
 from counterproof.bench.trials import Outcome, Record, Spec, now
 
-__all__ = ["execute", "failure", "host", "preload"]
+__all__ = ["environment", "execute", "failure", "host", "preload", "unheard"]
 
 CURVE_POINTS = 400  # a longer curve is thinned, so that a chatty task cannot swell the journal
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Environment variables that a trial's process starts with: libraries read them when they are loaded."""
+    pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+    return {
+        **dict.fromkeys(pools, str(threads)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # CUDA's matrix products repeat only with a fixed workspace
+    }
+
+
+def unheard(point: Mapping[str, float]) -> None:
+    """A listener for engines whose trials run out of earshot: their curves arrive with the record."""
 
 
 def preload(imports: str) -> None:
