@@ -17,7 +17,7 @@ from counterproof.errors import UserError
         ("raises", "raised", "RuntimeError: the second seed is unlucky"),
         ("not_a_number", "diverged", "score is nan"),
         ("diverges", "diverged", "the loss is infinite"),
-        ("hangs", "time", "stopped after 3 s"),
+        ("hangs", "time", "stopped after 6 s"),
         ("hoards", "memory", "GiB"),
         ("hoards_in_a_child", "memory", "GiB"),
         ("cannot_allocate", "memory", "allocate"),

@@ -17,7 +17,7 @@ TASK = Task(
     run="lab.task:run",
     metrics={"score": Metric("higher", "points")},
     budgets={
-        "quick": Budget(seeds=(4, 8), trial_minutes=0.05, trial_memory=1.0),
+        "quick": Budget(seeds=(4, 8), trial_minutes=0.1, trial_memory=1.0),
         "standard": Budget(seeds=(4, 8), minutes=None, settings={"long": True}),
     },
     plug="method(trial, **settings) -> float",

@@ -1,7 +1,7 @@
 """Trials on a Slurm cluster, through submitit: one job a trial, its queue and limits Slurm's own.
 
 Nodes must see the driver's file system and Python environment. The journal stays with the driver; a job leaves its log
-and its pickled record in a folder of the home. Whether a trial that was preempted, ran out of memory or of time is tried
+and its pickled record in a folder of the home. Whether a trial that was preempted, ran out of memory or time is tried
 again is the driver's decision: such ends are reported as ``killed``, ``memory`` and ``time``.
 """
 
