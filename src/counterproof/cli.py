@@ -275,7 +275,7 @@ def run_claims(
         given = own_data(task, data, journal)
         click.echo(f"{data}: {given.says}", err=True)
         own = (given.path, given.fingerprint)
-    comparisons: list[Comparison] = []
+    latest: dict[tuple[str, str], Comparison] = {}
     with progress(len(claims)) as watch, stop_signals():
         try:
             for comparison in compare(
@@ -291,12 +291,15 @@ def run_claims(
                 fresh=fresh,
                 watch=watch,
             ):
-                comparisons.append(comparison)
+                name = (comparison.claim.paper, comparison.claim.name)
+                if name in latest:
+                    watch.say(f"{name[0]}/{name[1]}: more evidence, to stand among {len(claims)} claims")
+                latest[name] = comparison
                 if not as_json:
                     watch.say(full_text(comparison) + "\n")
         except KeyboardInterrupt:
             stop("interrupted; finished trials are kept, and the same command goes on from there", 130)
-    comparisons = survivors(comparisons)
+    comparisons = survivors(list(latest.values()))
     if as_json:
         for comparison in comparisons:
             write_json(comparison.as_json())

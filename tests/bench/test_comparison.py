@@ -64,7 +64,8 @@ def test_claims_with_the_same_arms_share_their_trials(journal, tmp_path):
     one = make_claim("counts", folder=str(tmp_path))
     other = replace(one, name="another", says="it gains more", smallest=0.5)
     first, second = compare([one, other], journal, jobs=2)
-    assert second.cached or second.assessment.seeds > first.assessment.seeds
+    shared = min(len(first.pairs), len(second.pairs))
+    assert second.pairs[:shared] == first.pairs[:shared]
     assert len(executions(tmp_path)) == len(set(executions(tmp_path)))
 
 
@@ -207,6 +208,19 @@ def test_survivors_are_marked_over_many_claims(settle):
     marked = survivors([barely, *empty])
     assert marked[0].survives is False
     assert {c.survives for c in marked[1:]} == {None}
+
+
+def test_claims_asked_together_get_the_evidence_to_stand_together(journal):
+    """Two verdicts of eight claims at e >= 20 would not survive e-BH, which wants 80 of each: more seeds are added."""
+    claims = [replace(make_claim(by=gain), name=f"gain-{gain}") for gain in (0.45, 0.46, *(k / 1e6 for k in range(6)))]
+    found = {}
+    for comparison in compare(claims, journal, jobs=2, seeds=(4, 10)):
+        found[comparison.claim.name] = comparison
+    marked = {c.claim.name: c for c in survivors(list(found.values()))}
+    verdicts = [c for c in marked.values() if c.assessment.verdict != "open"]
+    assert {c.claim.name for c in verdicts} >= {"gain-0.45", "gain-0.46"}
+    assert all(c.survives for c in verdicts)
+    assert min(c.assessment.e_value for c in verdicts) * 0.05 * len(verdicts) >= 8
 
 
 def test_exported_trials_give_the_same_comparison(settle, journal):

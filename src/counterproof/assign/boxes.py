@@ -45,9 +45,9 @@ def max_iou_assign(
     """Each prior learns the object it overlaps most, if it overlaps it enough (Faster R-CNN, RetinaNet).
 
     With best the highest IoU of a prior: ``best >= pos`` learns that object, ``best < neg`` is background, between them
-    the prior is left out. With `low_quality` every object then claims the prior or priors (in a tie, all) that overlap it most,
-    whatever the thresholds; a prior claimed by several objects goes to the one of highest IoU (in mmdetection to the
-    last).
+    the prior is left out. With `low_quality` every object then claims the prior or priors (in a tie, all) that overlap
+    it most, whatever the thresholds; a prior claimed by several objects goes to the one of highest IoU (in mmdetection
+    to the last).
 
     Args:
         priors: (n, 4) corners.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "Pair", "Progress", "compare", "from_records", "survivors"]
 
+FALSE = 0.05  # rate of false discoveries among the verdicts that are asked together
 ATTEMPTS = 2  # of a trial that a signal from outside has ended
 BEAT_EVERY = 20.0
 POLL_EVERY = 0.25
@@ -160,9 +161,9 @@ def survivors(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The same comparisons, marked with whether their verdicts survive being asked together (e-BH at 5 %)."""
     if len(comparisons) < 2:
         return list(comparisons)
-    found = e_bh([c.assessment.e_value if c.assessment.verdict in ("holds", "reversed") else 0.0 for c in comparisons])
+    found = e_bh([0.0 if c.assessment.verdict == "open" else c.assessment.e_value for c in comparisons], FALSE)
     return [
-        replace(c, survives=survives) if c.assessment.verdict in ("holds", "reversed") else c
+        replace(c, survives=None if c.assessment.verdict == "open" else survives)
         for c, survives in zip(comparisons, found, strict=True)
     ]
 
@@ -201,7 +202,8 @@ def compare(
         watch: called with every change.
 
     Yields:
-        a comparison per claim, in order, `survives` left open: see `survivors`.
+        a comparison per claim, in order; then again those that needed more evidence to stand among the others, as far
+        as their budgets go. `survives` is left open: see `survivors`.
 
     Raises:
         UserError: an unknown budget or engine, a range of seeds that makes no sense, a journal that cannot be written.
@@ -229,8 +231,21 @@ def compare(
     at_once = jobs or jobs_at_once(engine_name, max((spec.threads for spec in examples), default=1))
     driver = _Driver(journal, lambda: engine(engine_name, at_once, examples), at_once, since, watch)
     try:
+        settled = []
         for claim, fewest, most, baseline, method in plans:
-            yield driver.settle(claim, fewest, most, baseline, method)
+            settled.append(driver.settle(claim, fewest, most, baseline, method))
+            yield settled[-1]
+        moved = True
+        while moved:
+            moved = False
+            verdicts = sum(comparison.assessment.verdict != "open" for comparison in settled)
+            for index, comparison in enumerate(survivors(settled)):
+                if comparison.survives is False:
+                    more = driver.settle(*plans[index], evidence=len(settled) / (FALSE * verdicts))
+                    if len(more.pairs) > len(comparison.pairs):
+                        moved = True
+                        settled[index] = more
+                        yield more
     finally:
         driver.stop()
 
@@ -253,6 +268,7 @@ class _Driver:
         self._watch = watch
         self._engine: Engine | None = None
         self._attempts: dict[str, int] = {}
+        self._ran: set[str] = set()
         self._beaten = time.monotonic()
 
     def stop(self) -> None:
@@ -261,15 +277,21 @@ class _Driver:
             self._journal.release()  # also of a trial that an interrupt kept from being started
 
     def settle(
-        self, claim: Claim, fewest: int, most: int, baseline: Sequence[Spec], method: Sequence[Spec]
+        self,
+        claim: Claim,
+        fewest: int,
+        most: int,
+        baseline: Sequence[Spec],
+        method: Sequence[Spec],
+        evidence: float = 0.0,
     ) -> Comparison:
+        """Add seeds until there is a verdict with at least that e-value, or the budget ends."""
         wanted = [spec for both in zip(baseline, method, strict=True) for spec in both]
         records = self._found([spec.key for spec in wanted])
         minutes = claim.task.budgets[baseline[0].budget].minutes
         running: dict[str, Spec] = {}
         elsewhere: dict[str, Spec] = {}
         shares: dict[str, float] = {}
-        ran = 0
         seen = -1
         while True:
             pairs = _prefix(baseline, method, records)
@@ -279,7 +301,9 @@ class _Driver:
                 seen = len(pairs)
             affordable = _affordable(pairs, fewest, most, minutes, self._jobs)
             if len(pairs) >= fewest and (
-                assessment.verdict != "open" or len(pairs) >= affordable or max(assessment.failed) == len(pairs)
+                (assessment.verdict != "open" and assessment.e_value >= evidence)
+                or len(pairs) >= affordable
+                or max(assessment.failed) == len(pairs)
             ):
                 break
             if self._engine is None:
@@ -301,7 +325,7 @@ class _Driver:
                     continue
                 spec = running.pop(event.key)
                 shares.pop(f"{spec.arm} {spec.seed}", None)
-                ran += 1
+                self._ran.add(event.key)
                 self._journal.record(event)
                 if not self._again(event):
                     records[event.key] = event
@@ -317,7 +341,8 @@ class _Driver:
                 self._beaten = time.monotonic()
         if self._engine is not None:
             self._journal.release(self._engine.cancel(list(running)))
-        return Comparison(claim, baseline[0].budget, baseline[0].device, tuple(pairs), assessment, cached=ran == 0)
+        comparison = Comparison(claim, baseline[0].budget, baseline[0].device, tuple(pairs), assessment)
+        return replace(comparison, cached=self._ran.isdisjoint(record.key for record in comparison.records))
 
     def _begin(
         self, spec: Spec, records: dict[str, Record], running: dict[str, Spec], elsewhere: dict[str, Spec]

@@ -9,7 +9,7 @@ from counterproof.bench.comparison import Comparison
 from counterproof.errors import UserError
 from counterproof.files import replacing
 from counterproof.page.catalogue import ROOMS, Paper, papers
-from counterproof.page.results import measured_by_us
+from counterproof.page.results import judged_together, measured_by_us
 from counterproof.page.text import duration, effect_text, interval_text, number
 
 __all__ = ["renewed", "tables"]
@@ -23,8 +23,8 @@ def tables(shown: Sequence[Paper]) -> str:
         "| claim | the paper reports | measured by us | verdict |",
         "|---|---|---|---|",
     ]
-    for paper in shown:
-        lines += [_row(comparison) for comparison in measured_by_us(paper)]
+    for several in judged_together({paper.slug: measured_by_us(paper) for paper in shown}).values():
+        lines += [_row(comparison) for comparison in several]
     lines += ["", "| room | papers (**bold** ones run) |", "|---|---|"]
     for room in ROOMS:
         inside = [paper for paper in shown if paper.room == room]

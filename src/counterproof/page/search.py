@@ -28,8 +28,9 @@ class Hit:
 def search(query: str, papers: Sequence[Paper]) -> list[Hit]:
     """Papers that match, best first (bm25 over slug, title, tags, summary and text).
 
-    The paper of that very slug comes first; papers with all words come before papers with some. A word also matches its inflections (Porter stems) and what it
-    begins; one that no card has is replaced by the most similar words of the cards.
+    The paper of that very slug comes first; papers with all words come before papers with some. A word also matches
+    its inflections (Porter stems) and what it begins; one that no card has is replaced by the most similar words of
+    the cards.
 
     Args:
         query: words; punctuation separates them.
