@@ -2,9 +2,10 @@
 
 import errno
 import os
-import tempfile
+import stat
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -15,32 +16,46 @@ __all__ = ["replacing"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """A text file (UTF-8) that takes the place of `path` once it is whole; until then, what was there stays.
+    """A text file that takes the place of `path` once it is whole; until then, or if that fails, what was there stays.
+
+    UTF-8, lines as they are written; surrogates, which it cannot hold, become question marks. A link stays one: what it
+    points to is replaced. A file that is there keeps its mode.
 
     Raises:
-        UserError: a folder that does not exist or cannot be written, a full disk; names `path` and the remedy.
+        UserError: a folder or what else is not a regular file, a folder that is not there or may not be written to, a
+            full disk; one line that names `path` and the remedy.
     """
-    temporary: Path | None = None
+    target = Path(os.path.realpath(path))
+    theirs: OSError | None = None
     try:
-        if path.is_dir():
+        if target.is_dir():
             raise UserError(f"{path} is a folder; name a file in it")
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
+        if os.path.lexists(target) and not target.is_file():
+            raise UserError(f"{path} is not a regular file; name another file")
+        if not target.parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {target.parent}; make it, or name another file")
+        with ExitStack() as leaving:
+            temporary = target.parent / f".counterproof-{uuid.uuid4().hex}.part"
+            with open(temporary, "x", encoding="utf-8", errors="replace", newline="") as stream:
+                leaving.callback(temporary.unlink, missing_ok=True)
+                try:
+                    yield stream
+                except OSError as problem:
+                    # A stream names no file; an error that does is about one that the caller opened.
+                    theirs = problem if problem.filename is not None else None
+                    raise
+                stream.flush()
+                os.fsync(stream.fileno())
+            if target.exists():
+                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+            temporary.replace(target)
     except OSError as problem:
-        remedies = {
-            errno.ENOSPC: "the disk is full; free some space or write elsewhere",
-            errno.ENOENT: f"the folder {path.parent} does not exist; make it or write elsewhere",
-        }
-        remedy = remedies.get(problem.errno or 0, f"{problem.strerror}; write elsewhere")
+        if problem is theirs:
+            raise
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "the disk is full, or your share of it; free some space, or name another file"
+        elif problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = f"the folder {target.parent} may not be written to; make it writable, or name another file"
+        else:
+            remedy = f"{problem.strerror or problem}; name another file"
         raise UserError(f"cannot write {path}: {remedy}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
