@@ -232,6 +232,14 @@ def test_a_very_wide_interval_of_a_ratio_stays_a_number():
     assert found.interval[1] > 1
 
 
+def test_the_scale_of_the_metric_does_not_matter():
+    x = np.random.default_rng(8).normal(1, 1, 6)
+    for scale in (1e-300, 1e300):
+        assert np.array(confidence_sequence(x * scale)) / scale == pytest.approx(confidence_sequence(x))
+        assert np.array(t_interval(x * scale)) / scale == pytest.approx(t_interval(x))
+        assert seeds_needed(x * scale, scale) == seeds_needed(x, 1.0)
+
+
 def test_seeds_needed_settles_at_the_same_mean_and_spread():
     x = np.random.default_rng(6).normal(0.4, 1, 6)
     needed = seeds_needed(x)

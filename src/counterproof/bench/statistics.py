@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from counterproof.bench.task import Better
 
@@ -55,7 +56,7 @@ def e_value(effects: Effects, null: float = 0.0, precision: float = PRECISION) -
     n = len(x)
     if n < 2 or not np.any(x):
         return 1.0
-    x = x / np.abs(x).max()  # the statistic is scale-free; this keeps squares in range
+    x, _ = _in_units(x)  # the statistic is scale-free
     total, squares = math.fsum(x), math.fsum(x * x)
     log_e = 0.5 * math.log(precision / (n + precision)) - 0.5 * n * math.log1p(
         -(total**2) / ((n + precision) * squares)
@@ -69,7 +70,7 @@ def confidence_sequence(effects: Effects, level: float = LEVEL, precision: float
     Returns:
         (low, high); infinite while the effects are too few to bound the mean (fewer than 4 at 95 %).
     """
-    x = np.asarray(effects, dtype=np.float64)
+    x, unit = _in_units(effects)
     n = len(x)
     if n < 2:
         return -math.inf, math.inf
@@ -81,27 +82,34 @@ def confidence_sequence(effects: Effects, level: float = LEVEL, precision: float
         return -math.inf, math.inf
     bound = math.exp(log_bound)
     half = math.sqrt((bound - 1) * spread / (n * (1 - bound * shrink)))
-    return mean - half, mean + half
+    return unit * (mean - half), unit * (mean + half)
+
+
+def _in_units(effects: ArrayLike) -> tuple[NDArray[np.float64], float]:
+    """The effects in units of the largest, and that unit: squares stay in range whatever the metric's scale."""
+    x = np.asarray(effects, dtype=np.float64)
+    unit = float(np.abs(x).max(initial=0.0)) or 1.0
+    return x / unit, unit
 
 
 def t_interval(effects: Effects, level: float = LEVEL) -> tuple[float, float]:
     """The usual paired t interval of the mean: right for a number of seeds fixed beforehand, not under peeking."""
-    x = np.asarray(effects, dtype=np.float64)
+    x, unit = _in_units(effects)
     n = len(x)
     if n < 2:
         return -math.inf, math.inf
     from scipy.special import stdtrit  # a tenth of a second that listing papers need not wait for
 
     half = float(stdtrit(n - 1, 0.5 + level / 2)) * float(x.std(ddof=1)) / math.sqrt(n)
-    return float(x.mean()) - half, float(x.mean()) + half
+    return unit * (float(x.mean()) - half), unit * (float(x.mean()) + half)
 
 
 def seeds_needed(effects: Effects, null: float = 0.0, level: float = LEVEL, most: int = 10_000) -> int | None:
     """How many seeds would settle the side of `null` if mean and spread stayed as they are; None if over `most`."""
-    x = np.asarray(effects, dtype=np.float64)
+    x, unit = _in_units(effects)
     if len(x) < 2:
         return None
-    mean, variance = float(x.mean()) - null, float(x.var(ddof=1))
+    mean, variance = float(x.mean()) - null / unit, float(x.var(ddof=1))
     if mean == 0:
         return None
     n = np.arange(len(x) + 1, most + 1)
