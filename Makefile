@@ -2,7 +2,7 @@
 # make test  everything a change must pass: format, lint, types, tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-FRONT := immiscible-diffusion/main convergent-learning/main regret-preference/main
+FRONT := immiscible-diffusion/main convergent-learning/recurs-conv1 regret-preference/main
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -66,3 +66,10 @@ def test_every_command_shown_is_one(line):
             return
     if words:
         command.make_context(command.name, words)
+
+
+def test_the_main_job_checks_claims_that_exist():
+    (front,) = re.findall(r"^FRONT := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for name in front.split():
+        slug, _, claim = name.partition("/")
+        assert claim in [known.name for known in papers()[slug].claims]
