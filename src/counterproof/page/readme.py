@@ -10,7 +10,7 @@ from counterproof.errors import UserError
 from counterproof.files import replacing
 from counterproof.page.catalogue import ROOMS, Paper, papers
 from counterproof.page.results import judged_together, measured_by_us
-from counterproof.page.text import duration, effect_text, interval_text, number
+from counterproof.page.text import effect_text, interval_text, number
 
 __all__ = ["renewed", "tables"]
 
@@ -35,10 +35,12 @@ def tables(shown: Sequence[Paper]) -> str:
 
 def _row(comparison: Comparison) -> str:
     claim, found = comparison.claim, comparison.assessment
+    seconds = comparison.as_json()["cpu_seconds"]
+    cost = seconds["method"] / seconds["baseline"]  # a ratio: bare times of a shared machine say little
     mark = "" if comparison.survives in (None, True) else " (does not survive e-BH)"
     measured = (
         f"{claim.metric} {effect_text(claim, found.effect)} {interval_text(claim, found.interval)}, "
-        f"e = {number(found.e_value)}, {found.seeds} {claim.task.sample}s, {duration(comparison.seconds)} of trials"
+        f"e = {number(found.e_value)}, {found.seeds} {claim.task.sample}s, CPU time {number(cost, 2)}x the baseline's"
     )
     cells = [f"`{claim.paper}/{claim.name}`: {claim.says}", claim.reported, measured, f"**{found.verdict}**{mark}"]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
