@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
-from counterproof.cli import cli
+from counterproof.cli import cli, run_claims
+from lab.claims import make_claim
 
 FIELDS = """paper claim says task metric better unit effect_kind baseline method effect interval level e_value seeds
 verdict reported seconds budget device cached"""
@@ -122,6 +124,16 @@ def test_journals_travel(plugin, tmp_path):
     assert len(json.loads(plugin("runs", "list", "--json", **other).stdout)) == count
     assert "0 trials" in plugin("runs", "prune", "--stale", "--dry-run", **other).stdout
     assert "0 trials" in plugin("runs", "prune", "--failed", **other).stdout
+
+
+def test_json_is_an_object_a_line_also_when_claims_need_more_evidence_to_stand_together(capsys):
+    gains = (0.45, 0.46, *(k / 1e6 for k in range(6)))
+    claims = [replace(make_claim(by=gain), name=f"gain-{gain}") for gain in gains]
+    common = {"budget": "quick", "seeds": (4, 10), "jobs": 2, "engine": "local", "device": "cpu", "fresh": False}
+    run_claims(claims, **common, strict=False, as_json=True)
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["claim"] for one in found] == [claim.name for claim in claims]
+    assert any(one["seeds"] > 4 for one in found if one["verdict"] == "holds")
 
 
 BAD = [

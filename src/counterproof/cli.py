@@ -292,7 +292,7 @@ def run_claims(
                 watch=watch,
             ):
                 name = (comparison.claim.paper, comparison.claim.name)
-                if name in latest:
+                if name in latest and not as_json:
                     watch.say(f"{name[0]}/{name[1]}: more evidence, to stand among {len(claims)} claims")
                 latest[name] = comparison
                 if not as_json:

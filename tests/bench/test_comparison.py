@@ -48,6 +48,16 @@ def test_seeds_are_added_until_the_most(settle):
     assert settle(by=0.0, options={"seeds": (2, 3)}).assessment.seeds == 3
 
 
+def test_the_same_trials_end_at_the_same_seed_however_many_there_are(settle):
+    """A journal that holds more seeds than were needed, or pairs that come in together, change no verdict."""
+    few = settle()
+    many = settle(options={"seeds": (8, 8)})
+    assert len(many.pairs) == 8
+    again = settle()
+    assert again.assessment == few.assessment
+    assert again.pairs == few.pairs
+
+
 def test_the_budget_of_minutes_ends_a_comparison(journal):
     claim = make_claim("counts", folder=str(journal.path.parent), seconds=0.2)
     task = replace(TASK, budgets={"quick": Budget(seeds=(2, 100), minutes=0.02)})

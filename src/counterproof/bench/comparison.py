@@ -292,20 +292,31 @@ class _Driver:
         running: dict[str, Spec] = {}
         elsewhere: dict[str, Spec] = {}
         shares: dict[str, float] = {}
-        seen = -1
-        while True:
-            pairs = _prefix(baseline, method, records)
-            assessment = judge(claim, pairs)
-            if len(pairs) != seen:
-                self._report(claim, pairs, most, assessment, shares)
-                seen = len(pairs)
-            affordable = _affordable(pairs, fewest, most, minutes, self._jobs)
-            if len(pairs) >= fewest and (
-                (assessment.verdict != "open" and assessment.e_value >= evidence)
-                or len(pairs) >= affordable
-                or max(assessment.failed) == len(pairs)
-            ):
-                break
+        pairs: list[Pair] = []
+        assessment = judge(claim, pairs)
+        affordable = most
+        self._report(claim, pairs, most, assessment, shares)
+
+        def settled() -> bool:
+            """Look after every pair in turn, however many have come in: the same trials end at the same seed."""
+            nonlocal pairs, assessment, affordable
+            finished = _prefix(baseline, method, records)
+            while len(pairs) < len(finished):
+                pairs = finished[: len(pairs) + 1]
+                assessment = judge(claim, pairs)
+                affordable = _affordable(pairs, fewest, most, minutes, self._jobs)
+                done = len(pairs) >= fewest and (
+                    (assessment.verdict != "open" and assessment.e_value >= evidence)
+                    or len(pairs) >= affordable
+                    or max(assessment.failed) == len(pairs)
+                )
+                if done or len(pairs) == len(finished):
+                    self._report(claim, pairs, most, assessment, shares)
+                if done:
+                    return True
+            return False
+
+        while not settled():
             if self._engine is None:
                 self._engine = self._start()
                 continue
