@@ -51,7 +51,7 @@ bench-env: .venv/.bench-ready
 
 bench: bench-env
 	mkdir -p .bench
-	for file in benchmarks/*.py; do $(BIN)/python $$file --json .bench/$$(basename $$file .py).json || exit 1; done
+	for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file --json .bench/$$(basename $$file .py).json || exit 1; done
 
 clean:
 	rm -rf .venv .bench page.html .mypy_cache .ruff_cache
