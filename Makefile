@@ -6,7 +6,7 @@ FRONT := immiscible-diffusion/main convergent-learning/recurs-conv1 regret-prefe
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: env run test slow lint results readme bench-env bench clean
+.PHONY: env run test lint results readme bench-env bench clean
 
 env: .venv/.ready
 
@@ -26,9 +26,6 @@ lint: env
 
 test: lint
 	$(BIN)/python -m pytest -n 2
-
-slow: env
-	$(BIN)/python -m pytest -m slow
 
 # The project's own measurements: run every claim, keep its trials under results/, renew the README's table.
 results: env

@@ -49,6 +49,11 @@ def test_e_value_by_hand():
     assert e_value([1.0, 3.0]) == pytest.approx(math.sqrt(0.3 / 2.3) * 10 / (10 - 16 / 2.3))
 
 
+def test_equal_effects_are_strong_evidence_and_a_float():
+    assert e_value([2.0] * 4) == pytest.approx((4.3 / 0.3) ** 1.5)
+    assert 1e300 < e_value([2.0] * 2000) < math.inf
+
+
 def test_one_effect_or_none_is_no_evidence():
     assert e_value([]) == e_value([5.0]) == 1.0
     assert e_value([0.0, 0.0, 0.0]) == 1.0

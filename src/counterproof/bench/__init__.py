@@ -1,6 +1,7 @@
 """Honest comparison: tasks, arms, trials, claims, verdicts; the journal that keeps them and the engine that runs them.
 
-Offers every public name of its modules, each imported on first use.
+What a room or a paper declares comes from `counterproof.bench.task`; the other modules' public names are offered here,
+each imported on first use.
 """
 
 from counterproof.exports import lazy_exports

@@ -2,6 +2,6 @@
 
 import os
 
-from counterproof.bench.worker import preload
+from counterproof.bench.worker import PRELOAD, preload
 
-preload(os.environ.get("COUNTERPROOF_PRELOAD", "[]"))
+preload(os.environ.get(PRELOAD, "[]"))

@@ -103,7 +103,7 @@ class Comparison:
             "effect": found.effect,
             "interval": finite(found.interval),
             "level": found.level,
-            "e_value": found.e_value if math.isfinite(found.e_value) else 1e308,
+            "e_value": found.e_value,
             "seeds": found.seeds,
             "verdict": found.verdict,
             "survives": self.survives,

@@ -26,7 +26,6 @@ from counterproof.errors import UserError
 
 __all__ = ["Engine", "Local", "Point", "cores", "engine", "jobs_at_once"]
 
-PRELOAD = "COUNTERPROOF_PRELOAD"
 LOOK_EVERY = 0.05  # seconds between looks at the memory and the clock of running trials
 COUNT_EVERY = 1.0  # seconds between looks at what a trial has started: that reads the whole process table
 
@@ -119,7 +118,7 @@ class Local:
     def __init__(self, jobs: int, *, threads: int = 1, prepare: Sequence[Spec] = ()) -> None:
         self.jobs = jobs
         self._running: dict[str, _Running] = {}
-        self._environment = {**worker.environment(threads), PRELOAD: _imports(prepare)}
+        self._environment = {**worker.environment(threads), worker.PRELOAD: _imports(prepare)}
         # A fork of a small process that has torch loaded takes milliseconds; a fresh interpreter takes seconds.
         self._context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
         if sys.platform != "win32":

@@ -12,6 +12,7 @@ never rejects form the confidence sequence.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -50,7 +51,7 @@ def e_value(effects: Effects, null: float = 0.0, precision: float = PRECISION) -
 
     Returns:
         The e-value, >= 0; its inverse bounds the chance of ever seeing so much evidence when the hypothesis is true.
-        Infinite only if the effects are equal, not `null`, and too many for a float.
+        At most the largest float, which equal effects may reach.
     """
     x = np.asarray(effects, dtype=np.float64) - null
     n = len(x)
@@ -61,7 +62,7 @@ def e_value(effects: Effects, null: float = 0.0, precision: float = PRECISION) -
     log_e = 0.5 * math.log(precision / (n + precision)) - 0.5 * n * math.log1p(
         -(total**2) / ((n + precision) * squares)
     )
-    return math.exp(log_e) if log_e < 709 else math.inf
+    return math.exp(log_e) if log_e < 709 else sys.float_info.max
 
 
 def confidence_sequence(effects: Effects, level: float = LEVEL, precision: float = PRECISION) -> tuple[float, float]:

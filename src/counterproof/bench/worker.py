@@ -25,6 +25,7 @@ from counterproof.bench.trials import Outcome, Record, Spec, now
 
 __all__ = ["environment", "execute", "failure", "host", "preload", "unheard"]
 
+PRELOAD = "COUNTERPROOF_PRELOAD"  # environment variable: what the process that trials are forked from imports
 CURVE_POINTS = 400  # a longer curve is thinned, so that a chatty task cannot swell the journal
 
 
