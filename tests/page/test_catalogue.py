@@ -103,6 +103,16 @@ def test_a_card_that_does_not_follow_the_schema_is_named_with_its_line(card, old
         card(old, new)
 
 
+def test_claims_that_cannot_be_imported_are_named(tmp_path):
+    runs = CARD.replace("status: planned", "status: runs").replace(
+        "## Limits", "## What was measured here\nIt.\n\n## Deviations\nNone.\n\n## Limits"
+    )
+    (tmp_path / "a_paper.md").write_text(runs)
+    paper = read_card(tmp_path / "a_paper.md", "nowhere.papers")
+    with pytest.raises(UserError, match=r"claims of a-paper cannot be read from nowhere\.papers\.claims\.a_paper"):
+        _ = paper.claims
+
+
 def test_an_unknown_slug_names_the_nearest():
     with pytest.raises(UserError, match="did you mean convergent-learning"):
         find_paper("convergant-learning")

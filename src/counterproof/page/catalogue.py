@@ -20,7 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from counterproof.bench.task import Arm, Claim, Task
-from counterproof.errors import UserError
+from counterproof.errors import MissingExtra, UserError
 
 __all__ = [
     "ROOMS",
@@ -115,11 +115,17 @@ class Paper:
         """The paper's claims, the headline first; none while it is planned. Imports no method.
 
         Raises:
-            ImportError: when the claims module of a runnable paper cannot be imported.
+            UserError: when they cannot be imported, naming the module and what it lacks.
         """
         if self.status == "planned":
             return ()
-        return tuple(import_module(f"{self.package}.claims.{self.slug.replace('-', '_')}").CLAIMS)
+        module = f"{self.package}.claims.{self.slug.replace('-', '_')}"
+        try:
+            return tuple(import_module(module).CLAIMS)
+        except MissingExtra:
+            raise
+        except (ImportError, AttributeError) as problem:
+            raise UserError(f"the claims of {self.slug} cannot be read from {module}: {problem}") from problem
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -77,7 +77,7 @@ def render(
         version: of Counterproof.
 
     Raises:
-        ImportError: when the claims of a runnable paper cannot be imported.
+        UserError: when the claims of a runnable paper cannot be imported.
         ValueError: when `made` is not ISO 8601.
     """
     moment = datetime.fromisoformat(made)
