@@ -59,10 +59,9 @@ def test_the_same_trials_end_at_the_same_seed_however_many_there_are(settle):
 
 
 def test_the_budget_of_minutes_ends_a_comparison(journal):
-    claim = make_claim("counts", folder=str(journal.path.parent), seconds=0.2)
+    claim = make_claim("works", seconds=0.2)
     task = replace(TASK, budgets={"quick": Budget(seeds=(2, 100), minutes=0.02)})
-    claim = replace(claim, task=task, method=replace(claim.method, settings={**claim.method.settings}))
-    claim = replace(claim, smallest=1.0)
+    claim = replace(claim, task=task, smallest=1.0)
     (found,) = compare([claim], journal, jobs=1)
     assert 2 <= found.assessment.seeds < 30
     (again,) = compare([claim], journal, jobs=1)

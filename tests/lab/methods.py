@@ -93,6 +93,14 @@ def counts(trial, folder="", seconds=0.0):
     return 1.0
 
 
+def works(trial, seconds=0.0):
+    """Keeps the processor busy."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+    return 1.0
+
+
 def imports_by_name(trial):
     import importlib
 

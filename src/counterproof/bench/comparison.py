@@ -186,8 +186,8 @@ def compare(
 
     Finished trials come from the journal; what is missing is run. Seeds are added one by one until the verdict is
     settled (which the e-value allows at any time), the most seeds are reached, or another pair would not fit into the
-    budget's minutes. The minutes are counted by the recorded wall time of the trials, whether run now or found, so
-    the same call gives the same answer.
+    budget's minutes. The minutes are counted by what the trials have recorded, whether run now or found, so the same
+    call gives the same answer.
 
     Args:
         claims: what to settle.
@@ -400,8 +400,16 @@ def _affordable(pairs: Sequence[Pair], fewest: int, most: int, minutes: float | 
     """Seeds that fit into the budget at the cost per pair seen so far."""
     if minutes is None or not pairs:
         return most
-    spent = math.fsum(record.cost["wall_seconds"] for pair in pairs for record in (pair.baseline, pair.method))
+    spent = math.fsum(_cost(record) for pair in pairs for record in (pair.baseline, pair.method))
     return min(most, max(fewest, int(minutes * 60 * jobs * len(pairs) / max(spent, 1e-9))))
+
+
+def _cost(record: Record) -> float:
+    """Seconds that a trial takes of its budget: of the processor, which a busy machine changes little, or of the wall
+    where the processor's time says nothing: on another device, or for a trial that hung or died."""
+    if record.device == "cpu" and record.outcome == "ok":
+        return record.cost["cpu_seconds"] / int(record.parts["threads"])
+    return record.cost["wall_seconds"]
 
 
 def from_records(claim: Claim, records: Iterable[Record], budget: str) -> Comparison | None:

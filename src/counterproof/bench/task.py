@@ -49,7 +49,8 @@ class Budget:
     Args:
         settings: what the task reads of it (steps, images, instances, ...); part of a trial's key.
         seeds: fewest and most seeds of a comparison.
-        minutes: time of all trials of a claim together, divided by the number of jobs; None is unlimited.
+        minutes: processor time of all trials of a claim together (wall time on other devices), divided by the number
+            of jobs; None is unlimited.
         trial_minutes: wall time after which one trial is stopped.
         trial_memory: GiB of resident memory after which one trial is stopped.
     """
