@@ -92,6 +92,17 @@ def test_points_arrive_while_the_trial_runs(spec):
     )
 
 
+def test_a_trial_may_end_before_it_can_be_watched(spec, monkeypatch):
+    def gone(pid):
+        raise psutil.NoSuchProcess(pid)
+
+    local = Local(1)
+    monkeypatch.setattr(psutil, "Process", gone)
+    local.submit(spec("gain"))
+    (record,) = collect(local, 1)
+    assert record.outcome == "ok"
+
+
 def test_a_cancelled_trial_is_gone(spec):
     local = Local(1)
     one = spec("hangs", seed=1)

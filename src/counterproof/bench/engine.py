@@ -91,7 +91,7 @@ class _Running:
     spec: Spec
     process: Any
     pipe: connection.Connection
-    monitor: psutil.Process
+    monitor: psutil.Process | None
     began: float
     started: str
     cpu: float = 0.0
@@ -130,7 +130,10 @@ class Local:
         with _environment(self._environment), _no_main():
             process.start()
         theirs.close()
-        self._running[spec.key] = _Running(spec, process, ours, psutil.Process(process.pid), time.monotonic(), now())
+        monitor = None
+        with contextlib.suppress(psutil.NoSuchProcess):  # the trial may have ended by now
+            monitor = psutil.Process(process.pid)
+        self._running[spec.key] = _Running(spec, process, ours, monitor, time.monotonic(), now())
 
     def poll(self, seconds: float) -> list[Point | Record]:
         events: list[Point | Record] = []
@@ -202,6 +205,8 @@ class Local:
         )
 
     def _measure(self, run: _Running) -> None:
+        if run.monitor is None:
+            return
         with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
             with run.monitor.oneshot():
                 memory = float(run.monitor.memory_info().rss)
@@ -230,6 +235,8 @@ def _trial(spec: Spec, pipe: connection.Connection) -> None:
 
 def _kill(run: _Running) -> None:
     """End a trial and everything it started."""
+    if run.monitor is None:
+        return
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in run.monitor.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
