@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,7 +24,27 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 as_json = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 
 
-@click.group(context_settings=CONTEXT)
+class Rooms(click.Group):
+    """The page's own commands, and one group for each room that has something to do with your files.
+
+    A room's ``commands.py`` is imported when it is asked for; it knows click and the room.
+    """
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [*super().list_commands(context), *rooms_with_commands()]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name in rooms_with_commands():
+            found: click.Group = import_module(f"counterproof.{name}.commands").commands
+            return found
+        return super().get_command(context, name)
+
+
+def rooms_with_commands() -> list[str]:
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/commands.py"))
+
+
+@click.group(cls=Rooms, context_settings=CONTEXT)
 @click.version_option(package_name="counterproof")
 def cli() -> None:
     """Research papers that run: look one up, check its claims, compare its method on your own work.
