@@ -1,11 +1,11 @@
-"""log_probs and completion_logps: against the plain computation, whole-model logits of one padded-free row at a time."""
+"""log_probs and completion_logps against the plain computation: all logits of one sequence at a time."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from counterproof.language import Group, Logps, batches, completion_logps, log_probs, supports_packing
+from counterproof.language import Group, Logps, batches, completion_logps, supports_packing
 
 SIZES = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
 MODELS = {
@@ -44,10 +44,10 @@ def random_groups(count=5, most=3, seed=0, longest=12):
         size = int(torch.randint(low, high, (1,), generator=draw))
         return tuple(torch.randint(3, 50, (size,), generator=draw).tolist())
 
-    return [
-        Group(some(1, longest), tuple(some(1, longest) for _ in range(int(torch.randint(1, most + 1, (1,), generator=draw)))))
-        for _ in range(count)
-    ]
+    def number():
+        return int(torch.randint(1, most + 1, (1,), generator=draw))
+
+    return [Group(some(1, longest), tuple(some(1, longest) for _ in range(number()))) for _ in range(count)]
 
 
 def naive(model, group):

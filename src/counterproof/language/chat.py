@@ -22,7 +22,7 @@ from counterproof.errors import UserError, extra
 from counterproof.files import replacing
 
 if TYPE_CHECKING:
-    from counterproof.language.load import Language
+    from counterproof.language.models import Language
 
 __all__ = ["Chat", "Reply", "Usage", "chat"]
 
@@ -545,7 +545,7 @@ def _read(answer: dict[str, Any], seconds: float) -> Reply:
 
 class _Local:
     def __init__(self, target: "Language | str | Path | None") -> None:
-        from counterproof.language.load import Language, load
+        from counterproof.language.models import Language, load
 
         self._own = not isinstance(target, Language)  # nobody else can train it
         self._language = target if isinstance(target, Language) else load(target)

@@ -36,7 +36,7 @@ with extra("language"):
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from counterproof.language.load import Language
+    from counterproof.language.models import Language
 
 __all__ = ["Generation", "Prompt", "generate"]
 

@@ -22,7 +22,7 @@ with extra("language"):
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from counterproof.language.load import Language
+    from counterproof.language.models import Language
 
     Messages = Sequence[dict[str, Any]]
 
@@ -83,8 +83,10 @@ def tokenize(
         start = list(tokenizer(prompt)["input_ids"])
         end = tokenizer.eos_token if eos and tokenizer.eos_token is not None else ""
         wholes = [
-            list(tokenizer(prompt + (text if end and text.endswith(end) else text + end))["input_ids"])
-            for text in completions  # type: ignore[misc]
+            list(
+                tokenizer(f"{prompt}{text}" if end and str(text).endswith(end) else f"{prompt}{text}{end}")["input_ids"]
+            )
+            for text in completions
         ]
     else:
         if tokenizer.chat_template is None:
@@ -94,13 +96,14 @@ def tokenize(
             )
 
         def render(messages: "list[dict[str, Any]]", **more: Any) -> list[int]:
-            return list(
-                tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **more, **template)  # type: ignore[arg-type]
-            )
+            ids: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **more, **template)
+            return list(ids)
 
         opened = bool(prompt) and prompt[-1].get("role") == "assistant"
-        start = render(list(prompt), **({"continue_final_message": True} if opened else {"add_generation_prompt": True}))
-        wholes = [render([*prompt, *messages]) for messages in completions]  # type: ignore[list-item]
+        start = render(
+            list(prompt), **({"continue_final_message": True} if opened else {"add_generation_prompt": True})
+        )
+        wholes = [render([*prompt, *messages]) for messages in completions]
     shared = min((_common(start, whole) for whole in wholes), default=0)
     if shared == 0 and tokenizer.bos_token_id is not None:
         wholes, shared = [[tokenizer.bos_token_id, *whole] for whole in wholes], 1
@@ -191,7 +194,9 @@ def completion_logps(
     if prefixes is not None and len(prefixes) != len(groups):
         raise ValueError(f"{len(prefixes)} prefixes for {len(groups)} groups")
     core = causal_model(model)
-    virtual = [0 if prefixes is None or prefix is None else len(prefix) for prefix in (prefixes or [None] * len(groups))]
+    virtual = [
+        0 if prefixes is None or prefix is None else len(prefix) for prefix in (prefixes or [None] * len(groups))
+    ]
     longest = max(m + len(g.prompt) + max(map(len, g.completions)) for m, g in zip(virtual, groups, strict=True))
     context = getattr(core.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and longest > context:
@@ -202,7 +207,7 @@ def completion_logps(
     return rows.score(core, prefixes, keep_hidden=hidden)
 
 
-def causal_model(model: nn.Module) -> Any:
+def causal_model(model: Any) -> Any:
     """The transformers model inside a peft one: adapters are part of its layers."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
@@ -230,8 +235,9 @@ class _Row:
 
     def __init__(self, groups: list[Group], virtual: list[int]) -> None:
         self.groups, self.virtual = groups, virtual
-        positions, predicts, targets, self.spans = [], [], [], []
-        at = 0
+        self.spans: list[tuple[int, int, tuple[int, ...]]] = []
+        positions, predicts, at = [], [], 0
+        targets: list[int] = []
         for group, m in zip(groups, virtual, strict=True):
             prompt = m + len(group.prompt)
             positions.append(torch.arange(prompt))
@@ -286,7 +292,8 @@ class _Padded:
     def score(self, core: Any, prefixes: Sequence[Tensor | None] | None, *, keep_hidden: bool) -> Logps:
         embedding = core.get_input_embeddings()
         device = embedding.weight.device
-        rows, starts, sizes, targets = [], [], [], []
+        rows, starts, sizes = [], [], []
+        targets: list[int] = []
         for index, (group, m) in enumerate(zip(self.groups, self.virtual, strict=True)):
             for completion in group.completions:
                 ids = torch.tensor((*group.prompt, *completion), device=device)
@@ -322,6 +329,7 @@ class _Attention:
         self.spans = spans
         self.tokens = tokens
         self.gather: Tensor | None = None
+        self.scatter = self.allowed = torch.empty(0)
         self.masks: dict[tuple[int, int], Tensor] = {}
 
     @classmethod
@@ -424,7 +432,8 @@ def head_logps(core: Any, states: Tensor, targets: Tensor) -> Tensor:
     config = core.config.get_text_config()
     bent = [getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
     if type(head) is nn.Linear and all(value is None or value == 1 for value in bent):
-        return _HeadLogps.apply(states, head.weight, head.bias, targets)
+        token: Tensor = _HeadLogps.apply(states, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
+        return token
     pieces = []
     for rows, wanted in zip(states.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
         logits = head(rows)
@@ -548,9 +557,7 @@ def log_probs(
         ValueError: prompts and completions of different number, a group longer than the context.
     """
     model, tokenizer = language
-    groups = [
-        tokenize(tokenizer, prompt, list(own), eos=eos) for prompt, own in zip(prompts, completions, strict=True)
-    ]
+    groups = [tokenize(tokenizer, prompt, list(own), eos=eos) for prompt, own in zip(prompts, completions, strict=True)]
     training = model.training
     model.eval()
     found: list[list[LogProb]] = []

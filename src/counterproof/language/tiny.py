@@ -1,13 +1,12 @@
 """A language model small enough to be trained from nothing in seconds, and a world of text whose truth is known.
 
 For tests, and for comparisons that need many trials: a Llama of transformers with two layers of width 48 (50,000
-parameters), on words as tokens. What holds of it need not hold of a large model; that its log-probabilities, its samples
-and the rewards of its answers can all be computed exactly is what it is for.
-"""
+parameters), on words as tokens. What holds of it need not hold of a large model; that its log-probabilities, its
+samples and the rewards of its answers can all be computed exactly is what it is for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -21,7 +20,7 @@ with extra("language"):
     from tokenizers.processors import TemplateProcessing
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from counterproof.language.load import Language
+from counterproof.language.models import Language
 
 if TYPE_CHECKING:
     from torch import nn
@@ -134,10 +133,10 @@ def pretrain(
 class TinyWorld:
     """Prompts that name a topic, and answers of words that are on it, off it, or rude.
 
-    A prompt is a topic, two hints, a colon and a blank: ``"sea star hay : "``. An answer has 3 to 12 words, each length as likely
-    as the others; each of its words is on the topic with probability `on_topic`, rude with probability `rude`, one of
-    the two hints with probability a quarter, and any word that is not rude otherwise. So a model has to look at the
-    prompt for the topic, at the hints, and at how long it has been talking.
+    A prompt is a topic, two hints, a colon and a blank: ``"sea star hay : "``. An answer has 3 to 12 words, each
+    length as likely as the others; each of its words is on the topic with probability `on_topic`, rude with
+    probability `rude`, one of the two hints with probability a quarter, and any word that is not rude otherwise. So a
+    model has to look at the prompt for the topic, at the hints, and at how long it has been talking.
 
     Args:
         on_topic, rude: probabilities of a word that is on the topic on purpose, and of a rude one.
@@ -146,7 +145,7 @@ class TinyWorld:
     on_topic: float = 0.25
     rude: float = 0.1
 
-    TOPICS = {
+    TOPICS: ClassVar[dict[str, tuple[str, ...]]] = {
         "sea": ("wave", "tide", "fish", "salt"),
         "sky": ("cloud", "wind", "star", "moon"),
         "farm": ("cow", "hay", "barn", "mud"),

@@ -4,12 +4,11 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -28,12 +27,11 @@ def methods(as_json: bool) -> None:
     """List the methods that train takes, with their hyper-parameters."""
     from counterproof.preference.trainer import methods
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, method in methods().items():
-        options = {
-            field.name: None if field.default is MISSING else field.default
-            for field in getattr(method, "__dataclass_fields__", {}).values()
-        }
+        options: dict[str, Any] = {}
+        if is_dataclass(method):
+            options = {field.name: None if field.default is MISSING else field.default for field in fields(method)}
         says = (method.__doc__ or "").strip().splitlines()[0]
         rows.append({"method": name, "says": says, "options": options})
     if as_json:

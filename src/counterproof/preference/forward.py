@@ -1,9 +1,9 @@
 """From samples to an objective's value under a model, and plain loops around it.
 
-Everything that trains here, the trainer included, goes through `objective_output`: one place where policy, reference and
-mismatched completions are scored.
-"""
+Everything that trains here, the trainer included, goes through `objective_output`: one place where policy, reference
+and mismatched completions are scored."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -149,8 +149,9 @@ def optimise(
             optimizer.zero_grad()
             output.loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            if not bool(torch.isfinite(norm)) or not bool(torch.isfinite(output.loss.detach())):
-                raise ArithmeticError(f"step {step}: the loss is {float(output.loss)}, its gradient's norm {float(norm)}")
+            value = float(output.loss.detach())
+            if not (math.isfinite(float(norm)) and math.isfinite(value)):
+                raise ArithmeticError(f"step {step}: the loss is {value}, its gradient's norm {float(norm)}")
             optimizer.step()
             rate.step()
             if watch is not None:

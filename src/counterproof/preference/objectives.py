@@ -1,10 +1,10 @@
-"""What to optimise: the common interface of the room's objectives, and those of the field that others are compared with.
+"""What to optimise: the common interface of the room's objectives, and those of the field that others are compared
+with.
 
-An objective is a pure function of the log-probabilities of some completions of some prompts, under the policy and, where
-it needs one, under a frozen reference. It knows no trainer, no model and no text. With ``s`` the summed log-probability
-of a completion under the policy, ``r`` under the reference, ``n`` its number of tokens (the end token included),
-``m = s / n`` and ``D = s - r``; w is the chosen completion, l the rejected one.
-"""
+An objective is a pure function of the log-probabilities of some completions of some prompts, under the policy and,
+where it needs one, under a frozen reference. It knows no trainer, no model and no text. With ``s`` the summed
+log-probability of a completion under the policy, ``r`` under the reference, ``n`` its number of tokens (the end token
+included), ``m = s / n`` and ``D = s - r``; w is the chosen completion, l the rejected one."""
 
 import math
 from abc import ABC, abstractmethod
@@ -83,7 +83,9 @@ class Batch:
     baseline: Tensor | None = None
 
     @classmethod
-    def of(cls, samples: "Sequence[Sample]", device: "torch.device | str" = "cpu", baseline: Tensor | None = None) -> Self:
+    def of(
+        cls, samples: "Sequence[Sample]", device: "torch.device | str" = "cpu", baseline: Tensor | None = None
+    ) -> Self:
         """What is known of the completions of samples, in order.
 
         Raises:
@@ -172,9 +174,8 @@ class Objective(ABC):
     """An objective: ``objective(policy, reference, batch) -> Output``.
 
     A subclass is a frozen dataclass of its hyper-parameters and says in `needs` what it is to be given: ``"reference"``
-    (log-probabilities under the frozen reference), ``"pairs"`` (two completions a group), ``"baseline"`` (KTO's), or the
-    name of a column.
-    """
+    (log-probabilities under the frozen reference), ``"pairs"`` (two completions a group), ``"baseline"`` (KTO's), or
+    the name of a column."""
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -184,7 +185,8 @@ class Objective(ABC):
         """The losses, differentiable through `policy`."""
 
     def calibrated(self, mean_length: float) -> "Objective":
-        """The objective for data whose completions have so many tokens on average; itself, unless it depends on that."""
+        """The objective for data whose completions have so many tokens on average; itself, unless it depends on
+        that."""
         return self
 
 
@@ -210,7 +212,8 @@ def log_ratios(policy: "Logps", reference: "Logps | None") -> Tensor:
 
 
 def implicit_rewards(policy: "Logps", reference: "Logps | None", beta: float) -> Tensor:
-    """(n,): ``beta D``, the reward that the policy implies (Rafailov et al. 2023, arXiv 2305.18290, eq. 5), detached."""
+    """(n,): ``beta D``, the reward that the policy implies (Rafailov et al. 2023, arXiv 2305.18290, eq. 5),
+    detached."""
     return beta * log_ratios(policy.detach(), reference)
 
 
@@ -488,7 +491,8 @@ class CPO(Objective):
 
 @dataclass(frozen=True)
 class ORPO(Objective):
-    """Likelihood of the chosen with an odds ratio, ``-m_w - weight log sigmoid(o_w - o_l)`` (arXiv 2403.07691, eq. 6-7).
+    """Likelihood of the chosen with an odds ratio, ``-m_w - weight log sigmoid(o_w - o_l)`` (arXiv 2403.07691, eq.
+    6-7).
 
     ``o = m - log(1 - exp m)``: the log-odds of the geometric mean of a completion's token probabilities.
 
@@ -517,9 +521,8 @@ class ORPO(Objective):
 class RRHF(Objective):
     """Ranking by mean log-probabilities with the likelihood of the best (arXiv 2304.05302, eq. 2-3).
 
-    ``sum over i better than j of max(0, m_j - m_i)  -  s_best``, for any number of completions a group; equal scores are
-    not compared.
-    """
+    ``sum over i better than j of max(0, m_j - m_i)  -  s_best``, for any number of completions a group; equal scores
+    are not compared."""
 
     name: ClassVar[str] = "rrhf"
 

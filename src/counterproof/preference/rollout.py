@@ -9,6 +9,8 @@ with extra("preference"):
     import numpy as np
     import torch
 
+import itertools
+
 from counterproof.language import Group, Language, completion_logps, tokenize
 from counterproof.language.generate import generate
 from counterproof.language.scoring import batches
@@ -43,9 +45,7 @@ def draw(
         max_new_tokens: longest answer in tokens, its end included.
     """
     starts = [tokenize(language.tokenizer, prompt, [""]).prompt for prompt in prompts]
-    drawn = generate(
-        language, starts, samples=samples, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
+    drawn = generate(language, starts, samples=samples, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return [
         [Answer(prompt, one.text, Group(start, (one.tokens,))) for one in own]
         for prompt, start, own in zip(prompts, starts, drawn, strict=True)
@@ -143,11 +143,13 @@ def assess(
         max_new_tokens, samples: see `draw`.
         also: further rewards by name.
     """
-    answers = [a for own in draw(policy, prompts, samples=samples, seed=seed, max_new_tokens=max_new_tokens) for a in own]
+    answers = [
+        a for own in draw(policy, prompts, samples=samples, seed=seed, max_new_tokens=max_new_tokens) for a in own
+    ]
     ratio = answer_logps(policy.model, answers) - answer_logps(reference, answers)
     lengths = [len(answer.group.completions[0]) for answer in answers]
     end = policy.tokenizer.eos_token_id
-    pairs = [pair for a in answers for words in [a.text.split()] for pair in zip(words, words[1:], strict=False)]
+    pairs = [pair for a in answers for words in [a.text.split()] for pair in itertools.pairwise(words)]
     return Assessment(
         reward=float(np.mean([reward(a.prompt, a.text) for a in answers])),
         length=float(np.mean(lengths)),

@@ -1,9 +1,9 @@
 """Small writing tasks whose answers are graded by rule, and SmolLM2's own answers to them: data with a known truth.
 
-A task asks for one sentence about a subject with two given words in it. An answer earns a quarter for each of four rules:
-the first word is there, the second word is there, it is one sentence, it has 8 to 20 words. The 1600 answers that come
-with the package (`rule_examples`) were drawn from SmolLM2-135M-Instruct at temperature 1, four to a task; their grades are
-computed by `rule_grade` when they are read. They are rule-labelled: no human preference is in them.
+A task asks for one sentence about a subject with two given words in it. An answer earns a quarter for each of four
+rules: the first word is there, the second word is there, it is one sentence, it has 8 to 20 words. The 1600 answers
+that come with the package (`rule_examples`) were drawn from SmolLM2-135M-Instruct at temperature 1, four to a task;
+their grades are computed by `rule_grade` when they are read. They are rule-labelled: no human preference is in them.
 
 The file is made anew by ``python -m counterproof.preference.rules FILE``, about half an hour on two cores.
 """
@@ -82,7 +82,8 @@ def rule_grade(task: RuleTask, answer: str) -> float:
 
 
 def rule_examples() -> list[Example]:
-    """The tasks of the package's file with SmolLM2's answers, graded: ranked examples of chat messages, in file order."""
+    """The tasks of the package's file with SmolLM2's answers, graded: ranked examples of chat messages, in file
+    order."""
     packed = files("counterproof.preference").joinpath(FILE).read_bytes()
     found = []
     for number, line in enumerate(gzip.decompress(packed).decode().splitlines(), 1):
@@ -103,8 +104,8 @@ def rule_examples() -> list[Example]:
 
 def make(path: Path) -> None:
     """Draw the answers from SmolLM2 and write the file."""
-    from counterproof.language.load import load
     from counterproof.language.generate import generate
+    from counterproof.language.models import load
 
     language = load()
     lines = []

@@ -1,10 +1,9 @@
 """Train a model on preferences: transformers' Trainer around the room's objectives.
 
-What is done once is done once: completions are tokenised and their reference log-probabilities computed before the first
-step, and kept on disk by content. What is shared is shared: a prompt is read once for all its completions. A step holds at
-most `micro_tokens` tokens in memory at a time, whatever its batch. The rest - optimizer, schedule, accumulation, several
-processes by accelerate, logging, callbacks, exact resume - is transformers'.
-"""
+What is done once is done once: completions are tokenised and their reference log-probabilities computed before the
+first step, and kept on disk by content. What is shared is shared: a prompt is read once for all its completions. A
+step holds at most `micro_tokens` tokens in memory at a time, whatever its batch. The rest - optimizer, schedule,
+accumulation, several processes by accelerate, logging, callbacks, exact resume - is transformers'."""
 
 import errno
 import hashlib
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import platformdirs
 
@@ -28,6 +27,7 @@ from counterproof.exports import exported_names
 from counterproof.files import replacing
 
 with extra("preference"):
+    import numpy as np
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from safetensors.torch import load_file, save_file
@@ -37,7 +37,7 @@ with extra("preference"):
 
 from counterproof.language import Group, Language, Logps, batches, completion_logps
 from counterproof.language.generate import generate
-from counterproof.language.load import load
+from counterproof.language.models import load
 from counterproof.language.scoring import causal_model
 from counterproof.preference.data import Example, encode, read, split
 from counterproof.preference.forward import mean_ratio, mismatched, objective_output, reference_logps, referenced
@@ -56,6 +56,7 @@ __all__ = [
 
 FOLDER = Path(__file__).parent
 RUN = "counterproof.json"  # what a run's folder says of itself
+EVALUATED = 256  # held-out rows, at most: an evaluation costs a forward pass over them
 
 
 class TrainingDiverged(ArithmeticError):
@@ -201,14 +202,14 @@ def prepare(
         UserError: an example without what the objective needs, by file and line.
     """
     wanted = (objective.needs if objective is not None else frozenset()) - {"reference", "pairs", "baseline"}
-    pairs = objective is not None and "pairs" in objective.needs
+    pairs = objective.name if objective is not None and "pairs" in objective.needs else None
     samples, cut, most = [], 0, 0
     for example in examples:
         if not example.completions:
             raise UserError(f"{example.where}: a prompt without completion; there is nothing to train on")
         if pairs and len(example.completions) != 2:
             raise UserError(
-                f"{example.where}: {len(example.completions)} completion(s), and {objective.name} compares pairs; "  # type: ignore[union-attr]
+                f"{example.where}: {len(example.completions)} completion(s), and {pairs} compares pairs; "
                 "use a method for such data (kto for single ones), or make pairs of ranked ones with to_pairs"
             )
         encoded = encode(example, tokenizer, max_length=max_length)
@@ -260,9 +261,7 @@ def cached_references(
             raise
         token = torch.empty(0)
     if len(token) == sum(sizes) > 0:
-        return [
-            replace(sample, reference=own.clone()) for sample, own in zip(samples, token.split(sizes), strict=True)
-        ]
+        return [replace(sample, reference=own.clone()) for sample, own in zip(samples, token.split(sizes), strict=True)]
     done = referenced(model, samples, batch_tokens=batch_tokens, watch=watch)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
@@ -339,9 +338,11 @@ class PreferenceTrainer(Trainer):
         if not rows:
             raise UserError("there is nothing to train on")
         lengths = [len(c) for sample in rows for c in sample.group.completions]
-        self.objective = objective.calibrated(sum(lengths) / len(lengths))
+        self.objective: Objective = objective.calibrated(sum(lengths) / len(lengths))
         if self.objective != objective:
-            self.notes.append(f"{objective.name}: {self.objective}, for completions of {sum(lengths) / len(lengths):.1f} tokens")
+            self.notes.append(
+                f"{objective.name}: {self.objective}, for completions of {sum(lengths) / len(lengths):.1f} tokens"
+            )
         model.to(args.device)
         # Every evaluation reports KL and the usual rewards, so held-out data always have a reference.
         needs_reference = "reference" in self.objective.needs
@@ -369,13 +370,14 @@ class PreferenceTrainer(Trainer):
             **more,
         )
         self.held_out = held_out
+        self.out = Path(str(self.args.output_dir))
         self.remove_callback(PrinterCallback)
 
     def _tokenised(self, data: Any, tokenizer: Any, max_length: int, objective: Objective) -> list[Sample]:
-        data = list(data)
-        if data and isinstance(data[0], Sample):
-            return data
-        samples, notes = prepare(data, tokenizer, max_length=max_length, objective=objective)
+        samples: list[Sample] = list(data)
+        if samples and isinstance(samples[0], Sample):
+            return samples
+        samples, notes = prepare(list(data), tokenizer, max_length=max_length, objective=objective)
         self.notes += notes
         return samples
 
@@ -434,7 +436,7 @@ class PreferenceTrainer(Trainer):
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def _diverged(self, what: str, rows: Sequence[Sample]) -> None:
-        last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+        last = last_checkpoint(self.out)
         where = ", ".join(sample.where for sample in rows[:4] if sample.where) or "rows without a name"
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
         raise TrainingDiverged(
@@ -449,12 +451,14 @@ class PreferenceTrainer(Trainer):
             self._sums.clear()
         super().log(logs, start_time)
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Measure the policy on held-out data.
 
         Returns:
-            ``eval_loss``; ``eval_accuracy``: share of pairs whose chosen completion has gained more log-probability than
-            the rejected one; ``eval_margin``: by how many nats; ``eval_chosen`` and ``eval_rejected``: mean
+            ``eval_loss``; ``eval_accuracy``: share of pairs whose chosen completion has gained more log-probability
+            than the rejected one; ``eval_margin``: by how many nats; ``eval_chosen`` and ``eval_rejected``: mean
             log-probabilities now, ``..._gain`` what they have gained; with `samples`, ``eval_kl`` and
             ``eval_kl_per_token`` from the start, ``eval_length`` and ``eval_capped`` of its own answers.
         """
@@ -490,7 +494,7 @@ class PreferenceTrainer(Trainer):
         """What the policy says on held-out prompts: distance from the start, and length."""
         prompts = list(dict.fromkeys(sample.group.prompt for sample in rows))[: self.samples]
         drawn = generate(
-            Language(model, self.processing_class),  # type: ignore[arg-type]
+            Language(cast(Any, model), self.processing_class),
             [list(prompt) for prompt in prompts],
             max_new_tokens=self.sample_tokens,
             seed=self.args.seed,
@@ -515,7 +519,8 @@ class PreferenceTrainer(Trainer):
 
     @staticmethod
     def _sum(model: nn.Module, groups: Sequence[Group], run: range) -> Tensor:
-        return completion_logps(model, [groups[index] for index in run]).sum()
+        total: Tensor = completion_logps(model, [groups[index] for index in run]).sum()
+        return total
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Whole or not at all: written beside, then renamed.
@@ -523,13 +528,17 @@ class PreferenceTrainer(Trainer):
         Raises:
             UserError: the disk is full; earlier checkpoints are untouched.
         """
-        out = Path(self.args.output_dir)
+        out = self.out
         staging = out / ".checkpoint.part"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         own = self._get_output_dir
-        self._get_output_dir = lambda trial=None: str(staging)  # type: ignore[method-assign]
+
+        def beside(trial: Any = None) -> str:
+            return str(staging)
+
+        self._get_output_dir = beside  # type: ignore[method-assign]
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -541,7 +550,7 @@ class PreferenceTrainer(Trainer):
             full = "No space left" in str(problem) or getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             if not full and "os error 28" not in str(problem) and "iostream error" not in str(problem):
                 raise
-            last = get_last_checkpoint(str(out))
+            last = last_checkpoint(out)
             raise UserError(
                 f"the disk is full: no checkpoint could be written at step {self.state.global_step}; "
                 + (f"the last good one is {last}. " if last else "there is none yet. ")
@@ -552,6 +561,11 @@ class PreferenceTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         if self.args.should_save and self.args.save_total_limit:
             rotate_checkpoints(output_dir=str(out), save_total_limit=self.args.save_total_limit, use_mtime=False)
+
+
+def last_checkpoint(out: Path) -> str | None:
+    """The newest whole checkpoint of a run's folder."""
+    return get_last_checkpoint(str(out)) if out.is_dir() else None
 
 
 def _rows(rows: Sequence[Any]) -> dict[str, list[Any]]:
@@ -592,7 +606,7 @@ def pair_metrics(now: Logps, then: Logps, rows: Sequence[Sample]) -> dict[str, f
 def _with_adapter(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted: nn.Module = get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted: nn.Module = get_peft_model(cast(Any, model), config)
     return adapted
 
 
@@ -619,7 +633,7 @@ def train(
     uninterrupted run would have had.
 
     Args:
-        model: model and tokenizer, or what `counterproof.language.load` takes.
+        model: model and tokenizer, or what `counterproof.language.models` takes.
         data: preference file or folder, or Examples.
         method: an objective or method, or its name.
         out: folder to write; it must be new, empty, or hold this very run.
@@ -647,7 +661,16 @@ def train(
     language = model if isinstance(model, Language) else load(model, device=device, dtype=dtype)
     if not isinstance(chosen, Objective):
         return chosen.fit(language, examples, settings=settings, out=out)
+    notes = []
+    if len(test) > EVALUATED:
+        notes.append(f"evaluated on {EVALUATED} of {len(test)} held-out rows")
+        test = test[:EVALUATED]
     total = settings.steps or math.ceil(settings.epochs * math.ceil(len(examples) / settings.batch))
+    if total * settings.batch < len(examples):
+        # Rows that no step will see need no reference.
+        order = np.random.default_rng(settings.seed).permutation(len(examples))[: total * settings.batch]
+        notes.append(f"{total} steps of {settings.batch} see {len(order)} of {len(examples)} rows")
+        examples = [examples[index] for index in sorted(order)]
     every = settings.evaluate_every or max(1, total // 10)
     device_type = causal_model(language.model).get_input_embeddings().weight.device.type
     arguments = TrainingArguments(
@@ -696,7 +719,8 @@ def train(
         watch=watch,
         callbacks=list(callbacks),
     )
-    last = get_last_checkpoint(str(out))
+    trainer.notes[:0] = notes
+    last = last_checkpoint(out)
     if last is not None:
         trainer.notes.append(f"resumed from {last}")
     trainer.train(resume_from_checkpoint=last)
@@ -735,7 +759,9 @@ def save(finished: Trained, out: Path, about: Mapping[str, Any]) -> None:
     except Exception as problem:
         if "No space left" not in str(problem) and "os error 28" not in str(problem):
             raise
-        raise UserError(f"the disk is full: the model could not be written to {out}; its checkpoints are kept") from None
+        raise UserError(
+            f"the disk is full: the model could not be written to {out}; its checkpoints are kept"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for checkpoint in out.glob("checkpoint-*"):

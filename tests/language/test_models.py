@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from counterproof.errors import UserError
-from counterproof.language.load import default_model, load
+from counterproof.language.models import default_model, load
 
 module = sys.modules[load.__module__]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
@@ -471,7 +471,7 @@ def test_a_model_is_downloaded_from_the_hub_once_and_without_its_pickles(copy, t
     code = """if True:
         import sys, torch
         from counterproof.errors import UserError
-        from counterproof.language.load import load
+        from counterproof.language.models import load
         for name in sys.argv[2:]:
             try:
                 torch.save(load(name).model(torch.tensor([[1, 70, 80, 90, 100, 70]])).logits.detach(), sys.argv[1])
@@ -658,7 +658,7 @@ def test_an_interrupted_conversion_leaves_nothing_half_made(index, own_home, mon
 
 def test_of_two_processes_one_makes_it_and_the_other_waits(index, own_home, reference):
     code = (
-        "import sys, counterproof.language.load as load\n"
+        "import sys, counterproof.language.models as load\n"
         f"load.GGUF_SHA256, load.SPACE = {module.GGUF_SHA256!r}, 0\n"
         "sys.stdin.read(1)\n"
         "print(load.default_model())"
