@@ -295,9 +295,10 @@ def find_task(name: str) -> Task:
 
 
 def arms_of(task: Task) -> Mapping[str, Arm]:
-    """The arms that papers' claims bring to a task, by name, baselines first."""
+    """The arms of a task by name: those that its module lists under ``ARMS``, then those that papers' claims bring."""
     claims = [claim for paper in papers().values() for claim in paper.claims if claim.task.name == task.name]
-    found: dict[str, Arm] = {}
+    listed = getattr(import_module(task.run.partition(":")[0]), "ARMS", {})
+    found: dict[str, Arm] = {arm.name: arm for arm in listed.get(task.name, ())}
     for arm in [claim.baseline for claim in claims] + [claim.method for claim in claims]:
         found.setdefault(arm.name, arm)
     return MappingProxyType(found)

@@ -12,7 +12,7 @@ with extra("preference"):
 import itertools
 
 from counterproof.language import Group, Language, completion_logps, tokenize
-from counterproof.language.generate import generate
+from counterproof.language.sampling import generate
 from counterproof.language.scoring import batches
 from counterproof.preference.objectives import Sample
 

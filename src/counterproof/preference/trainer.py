@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections import defaultdict
@@ -36,7 +35,7 @@ with extra("preference"):
     from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from counterproof.language import Group, Language, Logps, batches, completion_logps
-from counterproof.language.generate import generate
+from counterproof.language.sampling import generate
 from counterproof.language.models import load
 from counterproof.language.scoring import causal_model
 from counterproof.preference.data import Example, encode, read, split

@@ -569,7 +569,7 @@ class _Local:
         return {"weights": self._fingerprint}
 
     def ask(self, requests: Mapping[str, _Request], jobs: int, keep: Keep, say: Keep) -> None:
-        from counterproof.language.generate import encode, generations
+        from counterproof.language.sampling import encode, generations
 
         if not requests:
             return

@@ -296,7 +296,8 @@ class _Decoder:
         ids, mask = ids.to(device), mask.to(device)
         sampler = _Sampler(self.warpers, streams if self.temperature > 0 else None)
         stopper = _Stopper(self, longest, len(prompts))
-        config = GenerationConfig(  # type: ignore[no-untyped-call]
+        settings: Any = GenerationConfig  # untyped
+        config = settings(
             max_new_tokens=room,
             do_sample=False,
             eos_token_id=sorted(self.ends | self.stops) or None,

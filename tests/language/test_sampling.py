@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from counterproof.errors import UserError
-from counterproof.language.generate import Generation, generate
+from counterproof.language.sampling import Generation, generate
 
 END, BEGIN = 0, 1
 # Bytes, and some longer tokens, so that stop strings and characters fall between and across tokens.

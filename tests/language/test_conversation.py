@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from counterproof.errors import UserError
-from counterproof.language.chat import chat
-from counterproof.language.generate import generate
+from counterproof.language.conversation import chat
+from counterproof.language.sampling import generate
 from counterproof.language.models import Language
 
 KEY = "sk-very-secret-0123456789"
@@ -454,7 +454,7 @@ def test_a_reply_is_written_whole_or_not_at_all(endpoint, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("counterproof.language.chat.json.dump", breaks_off)
+        patched.setattr("counterproof.language.conversation.json.dump", breaks_off)
         with pytest.raises(UserError, match="the disk is full"):
             c.ask("a")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -682,7 +682,7 @@ def test_an_endpoint_needs_no_torch():
     import sys
 
     code = (
-        "import sys; from counterproof.language.chat import chat; chat('http://localhost:1/v1', model='m');"
+        "import sys; from counterproof.language.conversation import chat; chat('http://localhost:1/v1', model='m');"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
