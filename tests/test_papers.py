@@ -228,11 +228,14 @@ def modules_of(names):
 def import_without(module, blocked):
     script = textwrap.dedent(f"""
         import sys
-        class Block:
+        class Without:  # as if they were not installed: also importlib.util.find_spec finds nothing
+            def __init__(self, finder):
+                self.finder = finder
             def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] in {blocked!r}:
-                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-        sys.meta_path.insert(0, Block())
+                return None if name.partition(".")[0] in {blocked!r} else self.finder.find_spec(name, path, target)
+            def __getattr__(self, name):
+                return getattr(self.finder, name)
+        sys.meta_path[:] = map(Without, sys.meta_path)
         import {module}
     """)
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

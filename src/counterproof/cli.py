@@ -257,17 +257,27 @@ def claims_of(paper: "Paper") -> "Sequence[Claim]":
 @click.option("--data", type=click.Path(path_type=Path), help="Your own data, in a format the task reads.")
 @click.option("--model", help="Your own model: a local folder or a hub id, where the task takes one.")
 @click.option("--metric", help="What to compare; default the task's main metric.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the arms' table and plots to this HTML file.")
 @comparison_options
-def compare(task: str, arms: str, data: Path | None, model: str | None, metric: str | None, **options: Any) -> None:
-    """Compare arms of a task on your own data or model, under the same rules as a paper's claim."""
+def compare(
+    task: str, arms: str, data: Path | None, model: str | None, metric: str | None, out: Path | None, **options: Any
+) -> None:
+    """Compare arms of a task on your own data or model, under the same rules as a paper's claim.
+
+    A task that knows what to make of all arms together, such as preference, ends with a table of them and the one it
+    recommends; with --json that is the last line.
+    """
     from counterproof.errors import require
-    from counterproof.page.catalogue import comparison_claims, find_task
+    from counterproof.page.catalogue import comparison_claims, find_task, summary_of
 
     found = find_task(task)
     if found.run.startswith("counterproof."):
         require(found.run.split(".")[1])
     claims = comparison_claims(found, arms.split(","), metric)
-    run_claims(claims, data=data, model=model, **options)
+    summary = summary_of(found)
+    if out is not None and summary is None:
+        raise UserError(f"task {task} has no table or plots of all arms; leave out --out")
+    run_claims(claims, data=data, model=model, summary=summary, out=out, **options)
 
 
 def run_claims(
@@ -283,6 +293,8 @@ def run_claims(
     as_json: bool,
     data: Path | None = None,
     model: str | None = None,
+    summary: Any = None,
+    out: Path | None = None,
 ) -> None:
     from counterproof.bench.comparison import compare, survivors
     from counterproof.bench.journal import Journal
@@ -328,12 +340,35 @@ def run_claims(
         click.echo(f"{len(comparisons)} claims, each verdict against e-BH at 5 % over all of them:")
         for comparison in comparisons:
             click.echo("  " + verdict_line(comparison))
+    if summary is not None:
+        show_summary(summary, comparisons, as_json, out)
     if any(comparison.failed for comparison in comparisons):
         sys.exit(1)
     if strict and any(
         comparison.assessment.verdict != "holds" or comparison.survives is False for comparison in comparisons
     ):
         sys.exit(3)
+
+
+def show_summary(summary: Any, comparisons: "Sequence[Comparison]", as_json: bool, out: Path | None) -> None:
+    """What the task makes of all arms together: `summary` takes their trials and has a text, JSON and HTML."""
+    from counterproof.files import replacing
+
+    trials: dict[str, dict[int, Any]] = {}
+    for comparison in comparisons:
+        for record in comparison.records:
+            trials.setdefault(record.arm, {})[record.seed] = record.as_json()
+    if not any(record["outcome"] == "ok" for own in trials.values() for record in own.values()):
+        return
+    found = summary({arm: [own[seed] for seed in sorted(own)] for arm, own in trials.items()})
+    if as_json:
+        write_json({"summary": found.as_json()})
+    else:
+        click.echo("\n" + found.text())
+    if out is not None:
+        with replacing(out) as stream:
+            stream.write(found.html())
+        click.echo(f"table and plots: {out}", err=True)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from counterproof.bench.task import Arm, Claim, Task
+from counterproof.bench.task import Arm, Claim, Task, resolve
 from counterproof.errors import MissingExtra, UserError
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "find_task",
     "papers",
     "read_card",
+    "summary_of",
     "tasks",
 ]
 
@@ -302,6 +303,12 @@ def arms_of(task: Task) -> Mapping[str, Arm]:
     for arm in [claim.baseline for claim in claims] + [claim.method for claim in claims]:
         found.setdefault(arm.name, arm)
     return MappingProxyType(found)
+
+
+def summary_of(task: Task) -> Any:
+    """What a task's module lists under ``SUMMARIES``: a function of all arms' trials; None when there is none."""
+    listed = getattr(import_module(task.run.partition(":")[0]), "SUMMARIES", {})
+    return resolve(listed[task.name]) if task.name in listed else None
 
 
 def comparison_claims(task: Task, arms: Sequence[str], metric: str | None = None) -> list[Claim]:

@@ -42,6 +42,7 @@ def objective_output(
         UserError: a column that the objective needs is not there.
         ValueError: a sample without reference, naming the row.
     """
+    scoring.setdefault("hidden", "hidden" in objective.needs)
     policy = completion_logps(model, [sample.group for sample in samples], **scoring)
     reference = None
     if "reference" in objective.needs:

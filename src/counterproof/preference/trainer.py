@@ -328,7 +328,7 @@ class PreferenceTrainer(Trainer):
         **more: Any,
     ) -> None:
         if peft_config is not None:
-            model = _with_adapter(model, peft_config, args.seed)
+            model = with_adapter(model, peft_config, args.seed)
         args.remove_unused_columns = False
         self.notes: list[str] = []
         self.micro_tokens, self.samples, self.sample_tokens = micro_tokens, samples, sample_tokens
@@ -471,7 +471,8 @@ class PreferenceTrainer(Trainer):
         batch = Batch.of(rows)
         if self.held_out_strangers:
             batch = replace(batch, baseline=mean_ratio(model, self.held_out_strangers, batch_tokens=self.micro_tokens))
-        metrics["loss"] = float(self.objective(now, then, batch).loss)
+        if "hidden" not in self.objective.needs:  # a loss on hidden states is not a function of these alone
+            metrics["loss"] = float(self.objective(now, then, batch).loss)
         if self.samples:
             metrics |= self._answers(model, rows)
         found = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -602,7 +603,7 @@ def pair_metrics(now: Logps, then: Logps, rows: Sequence[Sample]) -> dict[str, f
     }
 
 
-def _with_adapter(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
+def with_adapter(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted: nn.Module = get_peft_model(cast(Any, model), config)
