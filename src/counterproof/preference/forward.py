@@ -101,7 +101,8 @@ def mismatched(samples: Sequence[Sample]) -> list[Sample]:
 def mean_ratio(model: nn.Module, samples: Sequence[Sample], *, batch_tokens: int = 4096) -> Tensor:
     """(): the mean of ``D`` over the completions of samples that have references; no gradient."""
     now = reference_logps(referenced(model, samples, batch_tokens=batch_tokens))
-    return (now.sum() - reference_logps(samples).sum()).mean()
+    ratio: Tensor = (now.sum() - reference_logps(samples).sum()).mean()
+    return ratio
 
 
 def optimise(
