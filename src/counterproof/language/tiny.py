@@ -78,7 +78,7 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: LlamaForCausalLM = LlamaForCausalLM(config)
-    return model.to(torch.float32).eval()
+    return model.to(torch.float32).eval()  # type: ignore[arg-type]
 
 
 def pretrain(
@@ -106,7 +106,7 @@ def pretrain(
         The model, in eval mode, and the tokenizer.
     """
     order = np.random.default_rng(seed)
-    model: nn.Module = tiny_model(tokenizer, seed=seed, **shape).to(device)
+    model: nn.Module = tiny_model(tokenizer, seed=seed, **shape).to(device)  # type: ignore[arg-type]
     rows = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in tokenizer(list(texts))["input_ids"]]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id).to(device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
