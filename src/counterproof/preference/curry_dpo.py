@@ -729,7 +729,7 @@ class CurryDPO:
             out: the trained model or adapter is saved here, that of each stage in ``stage-1`` and so on. A run that was
                 interrupted goes on at the last boundary.
         """
-        from peft import LoraConfig, PeftModel
+        from peft import LoraConfig, PeftModel  # noqa: I001
         from transformers import TrainingArguments
 
         from counterproof.language.scoring import causal_model

@@ -104,7 +104,7 @@ def rule_examples() -> list[Example]:
 
 def make(path: Path) -> None:
     """Draw the answers from SmolLM2 and write the file."""
-    from counterproof.language.sampling import generate
+    from counterproof.language.sampling import generate  # noqa: I001
     from counterproof.language.models import load
 
     language = load()

@@ -34,7 +34,7 @@ with extra("preference"):
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from counterproof.language import Group, Language, Logps, batches, completion_logps
+from counterproof.language import Group, Language, Logps, batches, completion_logps  # noqa: I001
 from counterproof.language.sampling import generate
 from counterproof.language.models import load
 from counterproof.language.scoring import causal_model
