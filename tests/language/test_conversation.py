@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from counterproof.errors import UserError
 from counterproof.language.conversation import chat
-from counterproof.language.sampling import generate
 from counterproof.language.models import Language
+from counterproof.language.sampling import generate
 
 KEY = "sk-very-secret-0123456789"
 
