@@ -357,4 +357,5 @@ def describe_preferences(path: Path) -> str:
         facts.append(f"{found.contradictions} pairs occur both ways round")
     return f"{', '.join(facts)}; a fifth of the prompts is held out"
 
+
 SUMMARIES = {"preference": "counterproof.preference.study:summary_of_arms"}
