@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -17,9 +18,11 @@ verdict reported seconds budget device cached"""
 
 
 def commands(group, path=()):
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
         yield (*path, name)
-        if hasattr(command, "commands"):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
             yield from commands(command, (*path, name))
 
 
@@ -35,7 +38,7 @@ def test_every_option_has_help():
     for path in commands(cli):
         command = cli
         for name in path:
-            command = command.commands[name]
+            command = command.get_command(click.Context(command), name)
         for parameter in command.params:
             if parameter.param_type_name == "option":
                 assert parameter.help, f"{' '.join(path)} {parameter.name}"
