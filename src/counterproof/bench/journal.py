@@ -86,9 +86,12 @@ class Journal:
             self._prepare()
 
     def _prepare(self) -> None:
+        # One look, in one transaction: another process may be making the file at this moment.
+        self._db.execute("BEGIN")
         application = self._db.execute("PRAGMA application_id").fetchone()[0]
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        self._db.execute("COMMIT")
         if application not in (0, APPLICATION) or (application == 0 and tables):
             raise UserError(
                 f"{self.path} is an SQLite file of another program, not a journal; nothing was changed. "

@@ -744,7 +744,7 @@ def objective_class(key: Any) -> type[Objective]:
     while queue:
         for child in queue.pop().__subclasses__():
             queue.append(child)
-            if "name" in child.__dict__:
+            if isinstance(child.__dict__.get("name"), str):
                 known.setdefault(child.name, child)
     name = key.replace("_", "-")
     if name not in known:
