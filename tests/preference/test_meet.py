@@ -97,11 +97,16 @@ def test_stage_one_trains_the_controls_and_leaves_every_bit_of_the_model(control
         assert all(not torch.equal(a, b) for a, b in zip(found.parameters(label), controls[label], strict=True))
 
 
-@pytest.mark.parametrize("control", ["prompt", "lora", "text", "token"])
-@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize(
+    ("control", "lora"),  # a token's new embeddings and an adapter in the model's place are refused together
+    [
+        (control, lora)
+        for control in ("prompt", "lora", "text", "token")
+        for lora in (0, 2)
+        if (control, lora) != ("token", 2)
+    ],
+)
 def test_stage_two_changes_the_model(control, lora):
-    if control == "token" and lora:
-        pytest.skip("refused")
     base = model()
     found = tuning(control, base)
     before = {name: p.detach().clone() for name, p in without_adapters(base).items()}
