@@ -22,6 +22,7 @@ from counterproof.preference.forward import objective_output, referenced
 from counterproof.preference.objectives import DPO, KTO, SFT, Objective, SimPO
 from counterproof.preference.trainer import (
     PreferenceTrainer,
+    Trained,
     TrainingDiverged,
     TrainSettings,
     cached_references,
@@ -306,6 +307,40 @@ def test_methods_are_found_by_name_and_their_options_checked():
     with pytest.raises(UserError, match="method dpo: beta must be a positive number, not -1"):
         find_method("dpo", beta=-1)
     assert issubclass(DPO, Objective)
+
+
+def test_a_method_that_trains_in_its_own_way_gets_every_row(tmp_path):
+    class Own:
+        name = "own"
+        seen = ()
+
+        def fit(self, language, examples, *, settings, out):
+            self.seen = tuple(example.where for example in examples)
+            return Trained(language.model, language.tokenizer, out, (), {}, ())
+
+    method, rows = Own(), examples(40)
+    train(language(), rows, method=method, out=tmp_path / "run", settings=SMALL)
+    assert method.seen == tuple(row.where for row in rows)
+    with pytest.raises(UserError, match="own evaluates nothing while it trains; leave out the held-out data"):
+        train(language(), rows, method=method, out=tmp_path / "other", held_out=rows[:2], settings=SMALL)
+
+
+def test_a_column_has_a_value_for_each_completion():
+    class Weighted(DPO):
+        needs = DPO.needs | {"weight"}
+
+    def prepared(value):
+        row = Example(
+            prompt="sea wave wave : ", completions=("wave", "tide"), scores=(1.0, 0.0), kind="pair",
+            columns={"weight": value}, where="w.jsonl:2",
+        )  # fmt: skip
+        return prepare([row], TinyWorld().tokenizer(), max_length=32, objective=Weighted())[0][0].columns["weight"]
+
+    assert prepared([0.5, 2.0]) == [0.5, 2.0]
+    assert prepared(0.5) == [0.5, 0.5]
+    for wrong in ("ab", [1.0], [1.0, 2.0, 3.0], None):
+        with pytest.raises(UserError, match=r"w.jsonl:2: weight is .*a list of 2, one for each completion"):
+            prepared(wrong)
 
 
 def test_data_that_do_not_go_with_the_method_are_refused(tmp_path):

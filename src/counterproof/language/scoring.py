@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Group", "LogProb", "Logps", "batches", "completion_logps", "log_probs", "supports_packing", "tokenize"]
 
 PACKED = "counterproof_packed"
-SHORT = 96  # tokens of the longest group up to which groups are attended to side by side instead of one by one
+SHORT = 256  # tokens of the longest group up to which groups are attended to side by side instead of one by one
 HEAD_ROWS = 512  # positions whose logits exist at a time
 
 

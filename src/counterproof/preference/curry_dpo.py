@@ -729,24 +729,20 @@ class CurryDPO:
             out: the trained model or adapter is saved here, that of each stage in ``stage-1`` and so on. A run that was
                 interrupted goes on at the last boundary.
         """
-        from peft import LoraConfig, PeftModel  # noqa: I001
-        from transformers import TrainingArguments
-
-        from counterproof.language.scoring import causal_model
-        from counterproof.preference.trainer import PreferenceTrainer, Trained, with_adapter, save
+        from counterproof.preference.trainer import (
+            PreferenceTrainer,
+            Trained,
+            lora_config,
+            save,
+            training_arguments,
+            with_adapter,
+        )
 
         curriculum = self._curriculum(examples, language, settings.max_length, settings.seed)
         model, tokenizer = language
-        if settings.lora and not isinstance(model, PeftModel):
-            alpha = settings.lora_alpha if settings.lora_alpha is not None else 2 * settings.lora
-            config = LoraConfig(
-                r=settings.lora,
-                lora_alpha=alpha,  # type: ignore[arg-type]  # peft scales by it, whole or not
-                lora_dropout=settings.lora_dropout,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            )
-            model = with_adapter(model, config, settings.seed)
+        adapter = lora_config(settings, model)
+        if adapter is not None:
+            model = with_adapter(model, adapter, settings.seed)
         if settings.steps is not None:
             steps = _divided(settings.steps, len(curriculum))
         else:
@@ -765,30 +761,21 @@ class CurryDPO:
             out=out,
         )
         history: list[dict[str, float]] = []
-        on_cpu = causal_model(model).get_input_embeddings().weight.device.type == "cpu"
 
         def trained(number: int, samples: list[Sample], objective: Objective) -> list[float]:
             total = steps[number - 1]
             trainer = PreferenceTrainer(
                 model,
                 objective,
-                TrainingArguments(
-                    output_dir=str(out / f"stage-{number}"),
-                    per_device_train_batch_size=settings.batch,
-                    max_steps=total,
-                    learning_rate=settings.learning_rate,
-                    lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-                    warmup_steps=math.ceil(settings.warmup * total),
-                    weight_decay=settings.weight_decay,
-                    max_grad_norm=settings.max_grad_norm,
+                training_arguments(
+                    settings,
+                    model,
+                    out / f"stage-{number}",
+                    total,
                     train_sampling_strategy="sequential" if self.within == "sorted" else "random",
                     save_strategy="no",
                     logging_steps=1,
-                    report_to="none",
-                    disable_tqdm=True,
                     seed=settings.seed + number,
-                    use_cpu=on_cpu,
-                    dataloader_pin_memory=not on_cpu,
                 ),
                 samples,
                 processing_class=tokenizer,

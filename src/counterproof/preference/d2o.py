@@ -24,9 +24,9 @@ from counterproof.errors import UserError, extra
 with extra("preference"):
     import torch
     import torch.nn.functional as F
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from torch import Tensor, nn
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
 
 from counterproof.language import Group, Language, Logps
@@ -35,7 +35,14 @@ from counterproof.language.sampling import generate
 from counterproof.preference.data import Example, Text, encode
 from counterproof.preference.forward import referenced
 from counterproof.preference.objectives import Batch, Objective, Output, Sample, log_ratios, not_negative
-from counterproof.preference.trainer import PreferenceTrainer, Trained, TrainSettings, save
+from counterproof.preference.trainer import (
+    PreferenceTrainer,
+    Trained,
+    TrainSettings,
+    lora_config,
+    save,
+    training_arguments,
+)
 
 __all__ = [
     "D2O",
@@ -821,35 +828,16 @@ class D2OTraining:
             language, examples, seed=settings.seed, max_length=settings.max_length, cache=out / "self-samples.sqlite"
         )
         total = settings.steps or math.ceil(settings.epochs * math.ceil(len(drawn) / settings.batch))
-        device = language.model.get_input_embeddings().weight.device.type
-        arguments = TrainingArguments(
-            output_dir=str(out),
-            per_device_train_batch_size=settings.batch,
-            max_steps=total,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-            warmup_steps=math.ceil(settings.warmup * total),
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
+        arguments = training_arguments(
+            settings,
+            language.model,
+            out,
+            total,
             save_strategy="steps",
             save_steps=settings.checkpoint_every or max(1, total // 10),
             save_total_limit=2,
-            logging_steps=max(1, total // 100),
-            report_to="none",
-            disable_tqdm=True,
-            seed=settings.seed,
-            use_cpu=device == "cpu",
-            dataloader_pin_memory=device != "cpu",
         )
-        lora = None
-        if settings.lora and not isinstance(language.model, PeftModel):
-            lora = LoraConfig(
-                r=settings.lora,
-                lora_alpha=settings.lora_alpha if settings.lora_alpha is not None else 2 * settings.lora,  # type: ignore[arg-type]
-                lora_dropout=settings.lora_dropout,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            )
+        lora = lora_config(settings, language.model)
         trainer = PreferenceTrainer(
             language.model,
             self.objective,

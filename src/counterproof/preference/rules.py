@@ -104,8 +104,8 @@ def rule_examples() -> list[Example]:
 
 def make(path: Path) -> None:
     """Draw the answers from SmolLM2 and write the file."""
-    from counterproof.language.sampling import generate  # noqa: I001
     from counterproof.language.models import load
+    from counterproof.language.sampling import generate
 
     language = load()
     lines = []

@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,14 +30,15 @@ with extra("preference"):
     import numpy as np
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
     from torch import Tensor, nn
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from counterproof.language import Group, Language, Logps, batches, completion_logps  # noqa: I001
-from counterproof.language.sampling import generate
+from counterproof.language import Group, Language, Logps, batches, completion_logps
 from counterproof.language.models import load
+from counterproof.language.sampling import generate
 from counterproof.language.scoring import causal_model
 from counterproof.preference.data import Example, encode, read, split
 from counterproof.preference.forward import mean_ratio, mismatched, objective_output, reference_logps, referenced
@@ -226,9 +228,16 @@ def prepare(
 
 
 def _column(example: Example, name: str) -> Sequence[Any]:
+    """A column's values, one for each completion; a single number holds for all of them."""
     value = example.columns[name]
     count = len(example.completions)
-    return value if isinstance(value, Sequence) and len(value) == count else [value] * count
+    if isinstance(value, int | float):
+        return [value] * count
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
+        raise UserError(
+            f"{example.where}: {name} is {value!r:.60}; give a number, or a list of {count}, one for each completion"
+        )
+    return value
 
 
 # references, kept by content
@@ -253,11 +262,7 @@ def cached_references(
     sizes = [sum(map(len, sample.group.completions)) for sample in samples]
     try:
         token = load_file(path)["token"]
-    except (OSError, KeyError, ValueError, RuntimeError):
-        token = torch.empty(0)
-    except Exception as problem:  # safetensors' own error derives from Exception alone
-        if type(problem).__name__ != "SafetensorError":
-            raise
+    except (FileNotFoundError, KeyError, SafetensorError):
         token = torch.empty(0)
     if len(token) == sum(sizes) > 0:
         return [replace(sample, reference=own.clone()) for sample, own in zip(samples, token.split(sizes), strict=True)]
@@ -417,8 +422,8 @@ class PreferenceTrainer(Trainer):
                 self._sums[name].append(value)
         if self.accelerator.num_processes > 1:
             self._share_gradients(policy)
-        norm = max((float(p.grad.abs().max()) for p in policy.parameters() if p.grad is not None), default=0.0)
-        if not math.isfinite(norm):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
             self._diverged("a gradient is not finite", rows)
         return torch.stack(values).sum() / count / self.current_gradient_accumulation_steps
 
@@ -603,9 +608,48 @@ def pair_metrics(now: Logps, then: Logps, rows: Sequence[Sample]) -> dict[str, f
     }
 
 
+def training_arguments(
+    settings: TrainSettings, model: nn.Module, out: Path, steps: int, **more: Any
+) -> TrainingArguments:
+    """Transformers' arguments for settings, on the device that the model is on; `more` are further ones, or others."""
+    on_cpu = causal_model(model).get_input_embeddings().weight.device.type == "cpu"
+    arguments: dict[str, Any] = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": settings.batch,
+        "max_steps": steps,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        "warmup_steps": math.ceil(settings.warmup * steps),
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "logging_steps": max(1, steps // 100),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": settings.seed,
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+    }
+    return TrainingArguments(**{**arguments, **more})
+
+
+def lora_config(settings: TrainSettings, model: nn.Module) -> LoraConfig | None:
+    """The adapter that settings ask for; None for full fine-tuning, and for a model that has one."""
+    if not settings.lora or isinstance(model, PeftModel):
+        return None
+    return LoraConfig(
+        r=settings.lora,
+        lora_alpha=cast(Any, settings.lora_alpha if settings.lora_alpha is not None else 2 * settings.lora),
+        lora_dropout=settings.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
 def with_adapter(model: nn.Module, config: LoraConfig, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
+        # peft still calls what transformers has renamed; the warning is not for our users.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         adapted: nn.Module = get_peft_model(cast(Any, model), config)
     return adapted
 
@@ -652,7 +696,12 @@ def train(
     chosen = find_method(method) if isinstance(method, str) else method
     out = Path(out)
     examples = list(islice(read(data), limit)) if isinstance(data, str | Path) else list(data)[:limit]
-    if held_out is not None:
+    if not isinstance(chosen, Objective):
+        # It trains in its own way and evaluates nothing, so it gets every row.
+        if held_out:
+            raise UserError(f"{chosen.name} evaluates nothing while it trains; leave out the held-out data")
+        test: list[Example] = []
+    elif held_out is not None:
         test = list(read(held_out)) if isinstance(held_out, str | Path) else list(held_out)
     else:
         kept, aside = split(examples, settings.held_out, settings.seed)
@@ -672,38 +721,18 @@ def train(
         notes.append(f"{total} steps of {settings.batch} see {len(order)} of {len(examples)} rows")
         examples = [examples[index] for index in sorted(order)]
     every = settings.evaluate_every or max(1, total // 10)
-    device_type = causal_model(language.model).get_input_embeddings().weight.device.type
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        per_device_train_batch_size=settings.batch,
-        max_steps=total,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=math.ceil(settings.warmup * total),
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
+    arguments = training_arguments(
+        settings,
+        language.model,
+        out,
+        total,
         eval_strategy="steps" if test else "no",
         eval_steps=every,
         save_strategy="steps",
         save_steps=settings.checkpoint_every or every,
         save_total_limit=2,
-        logging_steps=max(1, total // 100),
-        report_to="none",
-        disable_tqdm=True,
-        seed=settings.seed,
-        use_cpu=device_type == "cpu",
-        dataloader_pin_memory=device_type != "cpu",
     )
-    lora = None
-    if settings.lora and not isinstance(language.model, PeftModel):
-        alpha = settings.lora_alpha if settings.lora_alpha is not None else 2 * settings.lora
-        lora = LoraConfig(
-            r=settings.lora,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # peft scales by it, whole or not
-            lora_dropout=settings.lora_dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
+    lora = lora_config(settings, language.model)
     trainer = PreferenceTrainer(
         language.model,
         chosen,
