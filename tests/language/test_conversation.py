@@ -351,6 +351,104 @@ def test_one_failure_ends_the_asking_and_keeps_the_rest(endpoint, tmp_path):
     assert c.usage.cached == sum(reply.cached for reply in again) > 0
 
 
+# each question for itself: attempt_all
+
+
+def fails_on(*bad):
+    def behave(body, number):
+        content = body["messages"][-1]["content"]
+        if content in bad:
+            return 400, {"error": {"message": f"{content} is bad"}}, {}
+        return 200, completion(content.upper()), {}
+
+    return behave
+
+
+def told(answers):
+    return [str(answer) if isinstance(answer, UserError) else answer.text for answer in answers]
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_a_question_that_fails_has_its_error_and_the_others_their_replies(endpoint, jobs):
+    endpoint.behave = fails_on("b", "d")
+    c = chat(endpoint.url, model="m")
+    seen = []
+    answers = c.attempt_all(["a", "b", "c", "d", "e"], jobs=jobs, progress=lambda *at: seen.append(at))
+    assert [isinstance(answer, UserError) for answer in answers] == [False, True, False, True, False]
+    assert [answer.text for answer in answers[::2]] == ["A", "C", "E"]
+    assert "did not accept question 1 (400): b is bad" in str(answers[1])
+    assert "did not accept question 3 (400): d is bad" in str(answers[3])
+    assert seen == [(i + 1, 5) for i in range(5)]
+    assert c.usage.calls == 3  # what failed is no call
+
+
+def test_equal_questions_share_an_error_too(endpoint):
+    endpoint.behave = fails_on("b")
+    one, two, three = chat(endpoint.url, model="m").attempt_all(["b", "a", "b"])
+    assert one is three
+    assert isinstance(one, UserError)
+    assert two.text == "A"
+    assert len(endpoint.requests) == 2
+
+
+def test_errors_are_asked_again_and_replies_are_not(endpoint, tmp_path):
+    endpoint.behave = fails_on("b", "d")
+    c = chat(endpoint.url, model="m", cache=tmp_path)
+    c.attempt_all(["a", "b", "c", "d"])
+    assert len(list(tmp_path.rglob("*.json"))) == 2
+    endpoint.requests.clear()
+    endpoint.behave = fails_on("d")
+    answers = chat(endpoint.url, model="m", cache=tmp_path).attempt_all(["a", "b", "c", "d"])
+    assert told(answers)[:3] == ["A", "B", "C"]
+    assert [answer.cached for answer in answers[:3]] == [True, False, True]
+    assert isinstance(answers[3], UserError)
+    assert sorted(request["messages"][0]["content"] for request in endpoint.requests) == ["b", "d"]
+
+
+@pytest.mark.parametrize(("jobs", "tries"), [(1, 3), (2, 3), (5, 5)])
+def test_an_endpoint_that_never_replies_ends_it(endpoint, jobs, tries):
+    endpoint.then((500, {"error": {"message": "no model loaded"}}, {}))
+    with pytest.raises(UserError, match=r"failed once \(500\): no model loaded"):
+        chat(endpoint.url, model="m", retries=0).attempt_all([str(i) for i in range(40)], jobs=jobs)
+    assert tries <= len(endpoint.requests) < tries + 2 * jobs
+
+
+def test_few_failures_without_a_reply_are_the_questions_own(endpoint):
+    endpoint.then((400, {"error": {"message": "no"}}, {}))
+    answers = chat(endpoint.url, model="m").attempt_all(["a", "b"], jobs=1)
+    assert all(isinstance(answer, UserError) for answer in answers)
+
+
+def test_an_endpoint_that_has_replied_may_fail_as_often_as_it_likes(endpoint):
+    endpoint.behave = fails_on(*(str(i) for i in range(1, 20)))
+    answers = chat(endpoint.url, model="m").attempt_all([str(i) for i in range(20)], jobs=1)
+    assert answers[0].text == "0"
+    assert all(isinstance(answer, UserError) for answer in answers[1:])
+    assert len(answers) == 20
+
+
+def test_a_time_out_is_the_questions_own(endpoint):
+    gone = threading.Event()
+    endpoint.behave = lambda body, number: (
+        body["messages"][0]["content"] == "slow" and gone.wait(20),
+        (200, completion("quick"), {}),
+    )[1]
+    answers = chat(endpoint.url, model="m", timeout=0.3, retries=0).attempt_all(["a", "slow", "b"], jobs=3)
+    assert [isinstance(answer, UserError) for answer in answers] == [False, True, False]
+    assert "gave no answer within 0.3 s" in str(answers[1])
+    gone.set()
+
+
+def test_attempts_take_samples_and_settings_as_ask_all_does(endpoint):
+    c = chat(endpoint.url, model="m")
+    c.attempt_all(["a"], sample=2, temperature=0.5)
+    assert endpoint.requests[0]["seed"] == 2_000_006
+    assert endpoint.requests[0]["temperature"] == 0.5
+    assert c.attempt_all([]) == []
+    with pytest.raises(ValueError, match="jobs is 0"):
+        c.attempt_all(["a"], jobs=0)
+
+
 # the API key
 
 
@@ -660,6 +758,20 @@ def test_what_a_model_here_cannot_do():
         c.ask_all(["red", "red " * 70])
     with pytest.raises(UserError, match="question 0 is chat messages, and this model's tokenizer has no chat template"):
         chat(tiny(template=None)).ask_all(["red"])
+
+
+def test_a_question_too_long_for_a_model_here_does_not_stop_the_others():
+    c = chat(tiny())
+    questions = ["red", "red " * 70, "blue"]
+    answers = c.attempt_all(questions, max_tokens=5)
+    assert "question 1 has 74 tokens" in str(answers[1])
+    alone = c.ask_all([questions[0], questions[2]], max_tokens=5)
+    assert [answers[0].text, answers[2].text] == [reply.text for reply in alone]
+    (only,) = c.attempt_all(["red " * 70])
+    assert isinstance(only, UserError)
+    several = c.attempt_all(["red " * n for n in range(70, 80)])
+    assert len(several) == 10  # however many fail: a model here is there
+    assert all(isinstance(answer, UserError) for answer in several)
 
 
 def test_threads_take_turns_at_a_model_here():

@@ -199,7 +199,7 @@ class Chat:
         progress: Progress | None = None,
         **settings: Unpack[Settings],
     ) -> list[Reply]:
-        """A reply for each question, in order; equal questions share one.
+        """A reply for each question, in order; equal questions share one. One that fails ends it: see `attempt_all`.
 
         Args:
             questions: see `ask`.
@@ -214,6 +214,26 @@ class Chat:
         """
         named = [(f"question {index}", question, sample) for index, question in enumerate(_listed(questions))]
         return self._answer(named, jobs, progress, settings)
+
+    def attempt_all(
+        self,
+        questions: Iterable[Question],
+        *,
+        sample: int = 0,
+        jobs: int = 8,
+        progress: Progress | None = None,
+        **settings: Unpack[Settings],
+    ) -> list[Reply | UserError]:
+        """As `ask_all`, but a question that gets no reply has its error instead, and the others go on.
+
+        Errors are not kept: the next call asks again for what has no reply.
+
+        Raises:
+            UserError: when an endpoint has failed as often as `jobs` says, 3 times at least, and never replied: it is
+                not the questions' fault.
+        """
+        named = [(f"question {index}", question, sample) for index, question in enumerate(_listed(questions))]
+        return self._attempt(named, jobs, progress, settings)
 
     def samples(
         self,
@@ -241,6 +261,20 @@ class Chat:
         progress: Progress | None,
         settings: Settings,
     ) -> list[Reply]:
+        answers: list[Reply] = []
+        for answer in self._attempt(named, jobs, progress, settings, stop=True):
+            assert isinstance(answer, Reply)  # it would have stopped
+            answers.append(answer)
+        return answers
+
+    def _attempt(
+        self,
+        named: list[tuple[str, Question, int]],
+        jobs: int,
+        progress: Progress | None,
+        settings: Settings,
+        stop: bool = False,
+    ) -> list[Reply | UserError]:
         if jobs < 1:
             raise ValueError(f"jobs is {jobs}; expected at least 1")
         chosen = _Chosen(**settings)
@@ -253,9 +287,11 @@ class Chat:
             asked.append(request.key(identity))
             requests.setdefault(asked[-1], request)
         shares = Counter(asked)
-        replies: dict[str, Reply] = {}
+        replies: dict[str, Reply | UserError] = {}
 
-        def say(key: str, reply: Reply) -> None:
+        def say(key: str, reply: Reply | UserError) -> None:
+            if stop and isinstance(reply, UserError):
+                raise reply
             replies[key] = reply
             if progress is not None:
                 progress(sum(shares[key] for key in replies), len(asked))
@@ -373,6 +409,7 @@ def _messages(question: Question, name: str, system: str | None) -> list[dict[st
 
 
 Keep: TypeAlias = Callable[[str, Reply], None]
+Say: TypeAlias = "Callable[[str, Reply | UserError], None]"
 
 
 class _Backend(Protocol):
@@ -382,8 +419,11 @@ class _Backend(Protocol):
     def identity(self) -> dict[str, Any]:
         """What tells its replies from those of another model."""
 
-    def ask(self, requests: Mapping[str, _Request], jobs: int, keep: Keep, say: Keep) -> None:
-        """Answer all: `keep` each reply as soon as it is there, in any thread, then `say` it in the caller's."""
+    def ask(self, requests: Mapping[str, _Request], jobs: int, keep: Keep, say: Say) -> None:
+        """Answer all: `keep` each reply as soon as it is there, in any thread, then `say` it in the caller's.
+
+        A question that gets none has its error said; saying may raise, which ends it.
+        """
 
 
 # endpoints
@@ -415,21 +455,36 @@ class _Endpoint:
     def identity(self) -> dict[str, Any]:
         return {"endpoint": self.url, "model": self.model}
 
-    def ask(self, requests: Mapping[str, _Request], jobs: int, keep: Keep, say: Keep) -> None:
-        def work(key: str, request: _Request) -> Reply:
-            reply = self._send(request)
+    def ask(self, requests: Mapping[str, _Request], jobs: int, keep: Keep, say: Say) -> None:
+        replied, failed = False, 0
+
+        def work(key: str, request: _Request) -> Reply | UserError:
+            try:
+                reply = self._send(request)
+            except UserError as problem:
+                return problem
             keep(key, reply)
             return reply
 
+        def tell(key: str, reply: Reply | UserError) -> None:
+            nonlocal replied, failed
+            if isinstance(reply, UserError):
+                failed += 1
+                if not replied and failed >= max(jobs, 3):
+                    raise reply
+            else:
+                replied = True
+            say(key, reply)
+
         if min(jobs, len(requests)) <= 1:
             for key, request in requests.items():
-                say(key, work(key, request))
+                tell(key, work(key, request))
             return
         pool = ThreadPoolExecutor(min(jobs, len(requests)), "counterproof-chat")
         futures = {pool.submit(work, key, request): key for key, request in requests.items()}
         try:
             for future in as_completed(futures):
-                say(futures[future], future.result())
+                tell(futures[future], future.result())
         except BaseException as problem:
             # What is under way is kept when it comes; it is awaited unless someone is waiting at the keyboard.
             pool.shutdown(wait=isinstance(problem, Exception), cancel_futures=True)
@@ -568,16 +623,25 @@ class _Local:
             self._fingerprint = fingerprint(self._language)
         return {"weights": self._fingerprint}
 
-    def ask(self, requests: Mapping[str, _Request], jobs: int, keep: Keep, say: Keep) -> None:
+    def ask(self, requests: Mapping[str, _Request], jobs: int, keep: Keep, say: Say) -> None:
         from counterproof.language.sampling import encode, generations
 
         if not requests:
             return
-        prompts = [encode(self._language, request.messages, request.name) for request in requests.values()]
+        prompts: list[tuple[int, ...]] = []
+        keys: list[str] = []
+        for key, request in requests.items():
+            try:
+                prompts.append(encode(self._language, request.messages, request.name))
+                keys.append(key)
+            except UserError as problem:
+                say(key, problem)
+        if not keys:
+            return
         # By what is asked, so that a reply is the same whatever is asked beside it.
-        seeds = [int(_hash([one.seed, one.sample, one.messages])[:16], 16) for one in requests.values()]
-        settings: Any = next(iter(requests.values())).settings
-        keys = list(requests)
+        asked = [requests[key] for key in keys]
+        seeds = [int(_hash([one.seed, one.sample, one.messages])[:16], 16) for one in asked]
+        settings: Any = asked[0].settings
         decode = self._language.tokenizer.decode
         with self._lock:
             started = time.perf_counter()
