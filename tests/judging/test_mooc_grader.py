@@ -31,9 +31,9 @@ from counterproof.judging import Grader, Rubric, agreement_report, read_score  #
 from counterproof.judging.claims import mooc_grader as claims  # noqa: E402
 from counterproof.judging.commands import commands  # noqa: E402
 from counterproof.judging.grade_agreement import (  # noqa: E402
-    agreement,
     compare_graders,
     consistency,
+    grader_agreement,
     mean_test,
     quadratic_kappa,
 )
@@ -524,7 +524,7 @@ def paired(seed, n=80, questions=6, maximum=5):
 
 def test_metrics_agree_with_scipy_and_scikit_learn():
     x, y, question = paired(0)
-    found = agreement(x, y, question=question, max_points=5)
+    found = grader_agreement(x, y, question=question, max_points=5)
     assert found["bias"] == pytest.approx((x - y).mean())
     assert found["mae"] == pytest.approx(np.abs(x - y).mean())
     assert found["rmse"] == pytest.approx(math.sqrt(((x - y) ** 2).mean()))
@@ -532,21 +532,21 @@ def test_metrics_agree_with_scipy_and_scikit_learn():
     expected = kappa(x.astype(int), y.astype(int), weights="quadratic", labels=range(6))
     assert found["qwk"] == pytest.approx(expected)
     assert quadratic_kappa(x, y) == pytest.approx(expected)
-    one = agreement(x, y, question=["q"] * len(x), max_points=5)
+    one = grader_agreement(x, y, question=["q"] * len(x), max_points=5)
     assert one["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
     ranks = [np.concatenate([
         (lambda r, n: (r - (n + 1) / 2) / n)(stats.rankdata(v[np.array(question) == q]), question.count(q))
         for q in sorted(set(question))]) for v in (x, y)]  # fmt: skip
     assert found["spearman"] == pytest.approx(stats.pearsonr(*ranks).statistic)
-    shifted = agreement(x + 100 * np.array(question), y, question=question, max_points=600)
+    shifted = grader_agreement(x + 100 * np.array(question), y, question=question, max_points=600)
     assert shifted["spearman"] == pytest.approx(found["spearman"])  # what differs between questions does not count
 
 
 def test_different_maxima_are_shares():
     x, y, question = paired(1)
     scale = np.where(np.array(question) % 2, 3.0, 1.0)
-    found = agreement(x * scale, y * scale, question=question, max_points=5 * scale)
-    same = agreement(x, y, question=question, max_points=5)
+    found = grader_agreement(x * scale, y * scale, question=question, max_points=5 * scale)
+    same = grader_agreement(x, y, question=question, max_points=5)
     assert found["pearson"] == pytest.approx(same["pearson"])
     assert found["qwk"] == pytest.approx(kappa((2 * x).astype(int), (2 * y).astype(int), weights="quadratic",
                                                labels=range(11)))  # fmt: skip
@@ -580,8 +580,8 @@ def test_cluster_intervals_equal_a_plain_loop():
         picked = [member[keys[k]] for k in rng.integers(len(keys), size=len(keys))]
         at = np.concatenate(picked)
         labels = [i for i, one in enumerate(picked) for _ in one]
-        own = agreement(x[at], y[at], question=labels, max_points=5)
-        other = agreement(peer[at], y[at], question=labels, max_points=5)
+        own = grader_agreement(x[at], y[at], question=labels, max_points=5)
+        other = grader_agreement(peer[at], y[at], question=labels, max_points=5)
         drawn.append([own["mae"], own["qwk"], own["spearman"], other["mae"] - own["mae"]])
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     found = report.graders["llm"]["intervals"]

@@ -413,6 +413,19 @@ def test_an_endpoint_that_never_replies_ends_it(endpoint, jobs, tries):
     assert tries <= len(endpoint.requests) < tries + 2 * jobs
 
 
+def test_as_many_jobs_may_fail_before_the_first_reply_is_there(endpoint):
+    def behave(body, number):
+        if body["messages"][0]["content"] != "slow":
+            return 400, {"error": {"message": "no"}}, {}
+        time.sleep(0.5)
+        return 200, completion("here"), {}
+
+    endpoint.behave = behave
+    answers = chat(endpoint.url, model="m").attempt_all(["slow", "a", "b", "c", "d"], jobs=5)
+    assert answers[0].text == "here"
+    assert all(isinstance(answer, UserError) for answer in answers[1:])
+
+
 def test_few_failures_without_a_reply_are_the_questions_own(endpoint):
     endpoint.then((400, {"error": {"message": "no"}}, {}))
     answers = chat(endpoint.url, model="m").attempt_all(["a", "b"], jobs=1)

@@ -18,9 +18,9 @@ from counterproof.errors import UserError
 __all__ = [
     "AgreementReport",
     "Consistency",
-    "agreement",
     "compare_graders",
     "consistency",
+    "grader_agreement",
     "mean_test",
     "quadratic_kappa",
 ]
@@ -125,7 +125,7 @@ def _metrics(sums: Floats) -> Floats:
     return np.stack([means[..., 1], means[..., 2], rmse, correlation(4), correlation(9), kappa], axis=-1)
 
 
-def agreement(
+def grader_agreement(
     grades: ArrayLike, truth: ArrayLike, *, question: Sequence[Any], max_points: ArrayLike | None = None
 ) -> dict[str, float]:
     """One grader against the truth, over all answers.
@@ -171,7 +171,7 @@ class AgreementReport:
         truth: what the truth is called.
         answers, questions: how many were compared.
         left_out: answers that were not, by reason.
-        graders: per grader its metrics (`agreement`) and, per metric, the bootstrap interval of 95 %.
+        graders: per grader its metrics (`grader_agreement`) and, per metric, the bootstrap interval of 95 %.
         against: per baseline, the first grader's improvement over it per metric, with its interval; above 0 is better.
         tests: per question and grader: n, the means, the paper's p-value (`mean_test`), whether it calls the grader not
             distinguishable from the instructor (p >= 0.05), and the p-value of the paired t tests for equivalence.

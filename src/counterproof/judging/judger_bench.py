@@ -508,7 +508,7 @@ def _correlation(
     if math.isnan(value):
         problem = "only one judged model" if len(models) < 2 else "all models have the same sum"
         if len(models) == 2 and any(len(item.models) == 2 for item in items):
-            problem = "two models that only meet each other"
+            problem = "two models that were compared with each other only"
         return Correlation(math.nan, math.nan, math.nan, len(models), problem)
     if len(models) == 2:
         return Correlation(value, math.nan, math.nan, 2, "two models: it can only be 1 or -1")

@@ -156,7 +156,7 @@ def run_short_answers(arm: Arm, trial: Trial) -> Mapping[str, float]:
     """Draw answers, have the arm grade them, compare with the truth; the arms see the same answers."""
     import numpy as np
 
-    from counterproof.judging.grade_agreement import agreement
+    from counterproof.judging.grade_agreement import grader_agreement
     from counterproof.judging.short_answers import MAXIMUM, student_answers
 
     grader = arm.load()
@@ -177,7 +177,7 @@ def run_short_answers(arm: Arm, trial: Trial) -> Mapping[str, float]:
         if not np.isfinite(points).all():
             raise UserError(f"arm {arm.name} left {int((~np.isfinite(points)).sum())} of {len(rows)} answers ungraded")
         maximum = np.array([float(row["max_points"]) for row in rows])
-        found = agreement(
+        found = grader_agreement(
             points * MAXIMUM / maximum,
             truth * MAXIMUM / maximum,
             question=[row["question_id"] for row in rows],
@@ -225,7 +225,7 @@ def run_course(arm: Arm, trial: Trial) -> Mapping[str, float]:
     """Simulate a course, have the arm grade it, and compare as the paper does and per student."""
     import numpy as np
 
-    from counterproof.judging.grade_agreement import agreement, mean_test
+    from counterproof.judging.grade_agreement import grader_agreement, mean_test
     from counterproof.judging.short_answers import simulate_course
 
     grade = arm.load()
@@ -238,7 +238,7 @@ def run_course(arm: Arm, trial: Trial) -> Mapping[str, float]:
         mean_test(points[q], course.truth[q], rounds=trial.settings["rounds"], rng=trial.rng(f"test {q}"))
         for q in range(questions)
     ]
-    found = agreement(
+    found = grader_agreement(
         points.ravel(),
         course.truth.ravel(),
         question=np.repeat(np.arange(questions), students).tolist(),
