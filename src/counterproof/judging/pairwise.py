@@ -169,8 +169,8 @@ def read_pairs(path: str | Path, *, labelled: bool = False) -> list[Pair]:
         key = (pair.prompt_id, frozenset((pair.model_a, pair.model_b)))
         if key in seen:
             raise UserError(
-                f"{path}:{line}: {pair.model_a} and {pair.model_b} are compared on prompt_id {pair.prompt_id!r} in line "
-                f"{seen[key]} already; both orders are asked anyway, so keep one of them, or name the models apart"
+                f"{path}:{line}: {pair.model_a} and {pair.model_b} are compared on prompt_id {pair.prompt_id!r} in "
+                f"line {seen[key]} already; both orders are asked anyway, so keep one of them, or name the models apart"
             )
         seen[key] = line
         pairs.append(pair)
