@@ -84,7 +84,8 @@ class Leaderboard:
         for place in range(1, len(rows)):
             if rows[place]["component"] != rows[place - 1]["component"]:
                 axes.axhline(height[place] + 0.5, color="0.6", lw=0.8, ls="--")
-        axes.set_xlabel(f"{UNITS[self.scale]}, {self.level:.0%} intervals")
+        flagged = "; * held by a weak prior" if any(row["flag"] for row in rows) else ""
+        axes.set_xlabel(f"{UNITS[self.scale]}, {self.level:.0%} intervals{flagged}")
         axes.set_ylim(-0.7, len(rows) - 0.3)
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
