@@ -342,7 +342,8 @@ def _number_list(context: click.Context, parameter: click.Parameter, text: str) 
 @click.option("--batch", default=4, show_default=True, type=click.IntRange(1), help="People per round.")
 @click.option("--rounds", type=click.IntRange(1), help="Default one pass, at least 2,000: small tables come again.")
 @click.option("--cuts", default=5, show_default=True, type=click.IntRange(1, 1000), help="Thresholds per column.")
-@click.option("--algorithm", default="exp2", show_default=True, type=click.Choice(["exp2", "ftpl"]))
+@click.option("--algorithm", default="exp2", show_default=True, type=click.Choice(["exp2", "ftpl"]),
+              help="Exponential weights over all rules, or the perturbed leader.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the order and the draws.")
 @click.option("--out", multiple=True, type=click.Path(path_type=Path),
               help="Write the frontier: .png, .svg or .pdf a plot, .csv the numbers; repeatable.")  # fmt: skip
@@ -621,7 +622,8 @@ def principals(
 @commands.command()
 @click.argument("answers", type=click.Path(path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), help="Answers of another model, to compare effects.")
-@click.option("--level", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95, show_default=True)
+@click.option("--level", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95, show_default=True,
+              help="Of the intervals.")  # fmt: skip
 @as_json
 def observed(answers: Path, against: Path | None, level: float, as_json: bool) -> None:
     """What stored answers say: the folder of a run, or its table (.jsonl or .csv)."""

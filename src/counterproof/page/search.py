@@ -5,15 +5,15 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rapidfuzz import fuzz, process
+from rapidfuzz import process
+from rapidfuzz.distance import OSA
 
 from counterproof.page.catalogue import Paper
 
 __all__ = ["Hit", "search"]
 
 WEIGHTS = (10.0, 8.0, 6.0, 4.0, 1.0)  # slug, title, tags, summary, sections
-LIKE = 75.0  # how like (of 100) a known word must be to stand in for an unknown one
-TIE = 4.0  # how much less like than the best one it may be
+TYPO = 4  # letters of a word for each slip in it: one left out, put in, changed, or two that changed places
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ def search(query: str, papers: Sequence[Paper]) -> list[Hit]:
             vocabulary = vocabulary or {
                 term for row in rows(papers) for cell in row[1:] for term in re.findall(r"\w{3,}", str(cell).lower())
             }
-            close = process.extract(word, vocabulary, scorer=fuzz.ratio, limit=3, score_cutoff=LIKE)
+            slips = max(1, len(word) // TYPO)
+            close = process.extract(word, sorted(vocabulary), scorer=OSA.distance, limit=3, score_cutoff=slips)
             if close:
-                groups.append([f'"{term}"' for term, score, _ in close if score > close[0][1] - TIE])
+                groups.append([f'"{term}"' for term, distance, _ in close if distance == close[0][1]])
         if not groups:
             return []
         alternatives = [f"({' OR '.join(group)})" for group in groups]

@@ -86,7 +86,7 @@ def run_selection(arm: Arm, trial: Trial) -> Mapping[str, float]:
     settings, world = trial.settings, trial.rng("world")
     models, crowd, topics = settings["models"], settings["crowd"], settings["topics"]
     ability = world.normal(size=models)
-    # A topic is a direction in which its prompts' vectors lie, and how often its prompts meet a criterion.
+    # A topic is a direction in which its prompts' vectors lie, and how often its prompts have a property.
     topic = world.integers(topics, size=crowd)
     centres = world.normal(size=(topics, 32))
     vectors = centres[topic] + 0.25 * world.normal(size=(crowd, 32))
