@@ -61,7 +61,7 @@ def run(doc: str, contests: Callable[[bool, float], Iterator[Row]]) -> None:
     rows = []
     for row in contests(options.quick, 0.3 if options.quick else 2.0):
         rows.append(asdict(row))
-        times = f"{row.ours:10.2f} {row.peer:10.2f} {row.unit} {row.ratio:7.2f}"
+        times = f"{row.ours:10.2f} {row.peer:10.2f} {row.unit} {row.ratio:7.2f}".replace("nan", "  -")
         print(f"{row.work:34} {row.size:22} {times}  {row.peer_name}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

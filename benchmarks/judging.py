@@ -63,10 +63,12 @@ print("RESULT", json.dumps({
 }))
 """
 MEMORY = """
-import resource, sys
+import sys
 from counterproof.judging.battles import read_battles
 size = len(read_battles(sys.argv[1])) if len(sys.argv) > 1 else 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+# Not ru_maxrss, which a process inherits from the one that starts it.
+(peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak) / 1024)
 """
 
 

@@ -50,8 +50,8 @@ PROMPTS = ("prompt_id", "question_id")  # the first that is there tells battles 
 STYLE = "style_"  # columns that begin so are covariates: a's measure less b's
 # arena-hard-auto: a game's score, in whose first position the baseline stands; worth to B, and games it counts for.
 ARENA_HARD = {"A>>B": (0.0, True), "A>B": (0.0, False), "A=B": (0.5, False), "B>A": (1.0, False), "B>>A": (1.0, True)}
-BLOCK = 1 << 24  # bytes read at a time
-PARTS = 1 << 21  # rows of counts after which they are added up
+BLOCK = 1 << 22  # bytes read at a time
+PARTS = 1 << 18  # rows of counts after which they are added up
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,16 +151,16 @@ def read_battles(
         raise UserError(f"there is no file {path}; give a .jsonl, .csv, .tsv or .parquet file of battles")
     source = _Source(path, dict(columns or {}), by_prompt, style, strong)
     parts: list[pa.Table] = []
-    rows = total = 0
+    rows, limit, total = 0, PARTS, 0
     for table in source.tables():
         total += len(table)
         counted = source.counted(table)
         parts.append(counted)
         rows += len(counted)
-        if rows > PARTS and not style:
-            parts = [_added([*parts])]
-            # What does not shrink is left to grow, or adding up would be all that is done.
-            rows = 0 if len(parts[0]) < PARTS else rows - 2 * PARTS
+        if rows > limit and not style:
+            parts = [_added(parts)]
+            rows = len(parts[0])
+            limit = max(PARTS, 2 * rows)  # what does not shrink is added up ever less often
         if watch is not None:
             watch(total)
     if not total:
@@ -273,8 +273,8 @@ class _Source:
         if self.judgments:
             yield from self._judgments()
         elif self.kind == ".parquet":
-            with pa.parquet.ParquetFile(self.path) as file:
-                for batch in file.iter_batches(1 << 18, columns=list(self.named)):
+            with pa.parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=BLOCK) as file:
+                for batch in file.iter_batches(1 << 16, columns=list(self.named), use_threads=False):
                     yield pa.Table.from_batches([batch])
         elif self.kind == ".csv":
             yield from self._csv()
@@ -336,12 +336,17 @@ class _Source:
     def _csv(self) -> Iterator[pa.Table]:
         types = {theirs: _type(ours) for theirs, ours in self.named.items()}
         try:
-            with pa.csv.open_csv(
-                self.path,
-                read_options=pa.csv.ReadOptions(block_size=BLOCK),
-                parse_options=pa.csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
-                convert_options=pa.csv.ConvertOptions(column_types=types, include_columns=list(types)),
-            ) as reader:
+            with (
+                pa.OSFile(str(self.path)) as file,
+                pa.csv.open_csv(
+                    file,
+                    read_options=pa.csv.ReadOptions(
+                        block_size=BLOCK >> 3, use_threads=False
+                    ),  # it reads 32 of them ahead
+                    parse_options=pa.csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
+                    convert_options=pa.csv.ConvertOptions(column_types=types, include_columns=list(types)),
+                ) as reader,
+            ):
                 for batch in reader:
                     yield pa.Table.from_batches([batch])
         except pa.ArrowInvalid as problem:
