@@ -154,8 +154,20 @@ def test_what_is_no_file_of_battles_is_refused(tmp_path):
         read_battles(tmp_path / "a.jsonl", columns={"winner": "x"})
     with pytest.raises(UserError, match="battle 2: 'a' is matched against itself"):
         count_battles([ROWS[0], {"model_a": "a", "model_b": "a", "winner": "tie"}])
-    with pytest.raises(UserError, match="no battle of 'z'"):
-        count_battles(ROWS).of(["a", "z"])
+
+
+def test_a_column_that_the_first_battle_lacks_is_not_passed_over(tmp_path):
+    bare = {name: ROWS[0][name] for name in ("model_a", "model_b", "winner")}
+    for late in ({"weight": 3.0}, {"weight": "3"}, {"prompt_id": "p"}, {"question_id": 7}):
+        path = written(tmp_path / "x.jsonl", [bare, {**bare, **late}])
+        with pytest.raises(UserError, match=f"some battles have {next(iter(late))}, and the first has not"):
+            read_battles(path)
+    path = written(tmp_path / "y.jsonl", [{**bare, "weight": 1.0}, {**bare, "weight": "3"}])
+    with pytest.raises(UserError, match=r"y.jsonl:2: weight is '3'; expected a number"):
+        read_battles(path)
+    (tmp_path / "z.csv").write_bytes(b"model_a,model_b,winner\na,b,tie\n\xff,b,tie\n")
+    with pytest.raises(UserError, match=r"z\.csv is not UTF-8 text"):
+        read_battles(tmp_path / "z.csv")
 
 
 def test_memory_does_not_grow_with_the_number_of_battles(tmp_path):

@@ -195,7 +195,7 @@ def test_style_is_taken_out():
     np.testing.assert_allclose(fit.ratings_, ability - ability.mean(), atol=0.1)
     assert fit.style_[0] == pytest.approx(0.8 * style[:, 0].std(), abs=0.05)
     assert abs(fit.style_[1]) < 0.05
-    assert np.abs(BradleyTerry().fit(battles.without_style()).ratings_ - (ability - ability.mean())).max() > 0.3
+    assert np.abs(BradleyTerry().fit(battles).ratings_ - (ability - ability.mean())).max() > 0.3
     design = np.zeros((size, models + 2))
     design[np.arange(size), first], design[np.arange(size), second] = 1, -1
     design[:, models:] = style / style.std(axis=0)
@@ -205,6 +205,16 @@ def test_style_is_taken_out():
     spread = fit.bootstrap(60, seed=0).std(axis=0) / np.sqrt(np.diag(fit.covariance()))
     np.testing.assert_allclose(spread, 1, atol=0.35)
     assert fit.bootstrap(3, seed=0).shape == (3, models)
+
+
+def test_style_that_tells_every_winner_is_held_and_flagged():
+    outcome = np.array([1, 0, 1, 0, 1, 0, 0, 1], float)
+    first, second = np.array([0, 0, 0, 0, 1, 1, 0, 0]), np.array([1, 1, 1, 1, 2, 2, 2, 2])
+    fit = BradleyTerry(style=True).fit(table(first, second, outcome, style=(2 * outcome - 1)[:, None]))
+    assert fit.unbounded_ == ("style",) * 3
+    assert np.isfinite(fit.ratings_).all()
+    assert np.isfinite(fit.bootstrap(5)).all()
+    assert fit.style_[0] > 3
 
 
 def test_models_that_never_met_are_ranked_apart():

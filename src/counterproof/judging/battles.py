@@ -9,10 +9,10 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,38 +84,6 @@ class Battles:
     def __len__(self) -> int:
         """How many battles."""
         return int(self.count.sum())
-
-    def without_prompts(self) -> "Battles":
-        """The same battles, as if each had a prompt of its own."""
-        return replace(self, prompt=None)
-
-    def without_style(self) -> "Battles":
-        return replace(self, style=None, style_names=())
-
-    def of(self, models: Iterable[str]) -> "Battles":
-        """The battles among some models.
-
-        Raises:
-            UserError: a name that has no battle.
-        """
-        chosen = set(models)
-        unknown = sorted(chosen - set(self.models))
-        if unknown:
-            raise UserError(f"no battle of {unknown[0]!r}; there are {', '.join(self.models[:8])}")
-        inside = np.array([name in chosen for name in self.models])
-        kept = inside[self.first] & inside[self.second]
-        place = np.cumsum(inside) - 1
-        return replace(
-            self,
-            models=tuple(name for name in self.models if name in chosen),
-            first=place[self.first[kept]],
-            second=place[self.second[kept]],
-            outcome=self.outcome[kept],
-            count=self.count[kept],
-            weight=self.weight[kept],
-            prompt=None if self.prompt is None else self.prompt[kept],
-            style=None if self.style is None else self.style[kept],
-        )
 
 
 def read_battles(
@@ -252,7 +220,6 @@ class _Source:
         prompts = ("prompt_id",) if self.judgments else PROMPTS
         present = prompts if self.judgments else [name for name in prompts if name in ours]
         self.prompt = present[0] if by_prompt and present else None
-        self.weighted = "weight" in ours or self.judgments
 
     def _header(self) -> dict[str, Any]:
         """The columns, with a value or type each."""
@@ -263,7 +230,7 @@ class _Source:
                 raise UserError(f"{self.path} is not a Parquet file: {problem}") from None
             return dict(zip(schema.names, schema.types, strict=True))
         if self.kind == ".csv":
-            with open(self.path, encoding="utf-8-sig", newline="") as stream:
+            with self._text() as stream:
                 return dict.fromkeys(next(csv.reader(stream, delimiter=self.delimiter), []))
         for _, record in self._json_records():
             return record
@@ -340,9 +307,8 @@ class _Source:
                 pa.OSFile(str(self.path)) as file,
                 pa.csv.open_csv(
                     file,
-                    read_options=pa.csv.ReadOptions(
-                        block_size=BLOCK >> 3, use_threads=False
-                    ),  # it reads 32 of them ahead
+                    # Small blocks, since it reads 32 of them ahead.
+                    read_options=pa.csv.ReadOptions(block_size=BLOCK >> 3, use_threads=False),
                     parse_options=pa.csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
                     convert_options=pa.csv.ConvertOptions(column_types=types, include_columns=list(types)),
                 ) as reader,
@@ -354,8 +320,16 @@ class _Source:
                 return
             raise self._located() from None
 
+    @contextmanager
+    def _text(self) -> Iterator[TextIO]:
+        try:
+            with open(self.path, encoding="utf-8-sig", newline="") as stream:
+                yield stream
+        except UnicodeDecodeError as problem:
+            raise UserError(f"{self.path} is not UTF-8 text ({problem}); save it as UTF-8") from None
+
     def _csv_records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        with open(self.path, encoding="utf-8-sig", newline="") as stream:
+        with self._text() as stream:
             reader = csv.reader(stream, delimiter=self.delimiter)
             header = next(reader)
             for row in reader:
@@ -375,7 +349,9 @@ class _Source:
 
     def _json(self) -> Iterator[pa.Table]:
         example = next(record for _, record in self._json_records())
-        fields = []
+        # What the first battle lacks, others must lack too: it is looked for, so that it cannot be passed over.
+        lacking = [name for name in (*PROMPTS, "weight") if name not in (*self.named, *self.named.values())]
+        fields = [pa.field(name, _type(name)) for name in lacking]
         for theirs, ours in self.named.items():
             number = ours in PROMPTS and isinstance(example.get(theirs), int)
             fields.append(pa.field(theirs, pa.int64() if number else _type(ours)))
@@ -388,21 +364,20 @@ class _Source:
             while block := stream.read(BLOCK):
                 block += stream.readline()
                 try:
-                    yield pa.json.read_json(io.BytesIO(block), options, parse)
+                    table = pa.json.read_json(io.BytesIO(block), options, parse)
+                    late = [name for name in lacking if table[name].null_count < len(table)]
+                    table = table.drop_columns(lacking)
                 except pa.ArrowInvalid:
-                    # Prompts that are numbers here and text there, or a line that is none.
+                    # Prompts that are numbers here and text there, a line that is none, or values of the wrong kind.
                     records = [record for _, record in self._json_lines(block.splitlines(), line)]
-                    for record in records:
-                        if any(
-                            not isinstance(record.get(theirs, ""), str)
-                            for theirs, ours in self.named.items()
-                            if ours in NAMES
-                        ):
-                            raise self._located() from None
-                    if records:
-                        yield _table(
-                            [{self.named[k]: v for k, v in r.items() if k in self.named} for r in records], self.styles
-                        )
+                    late = [name for name in lacking if any(record.get(name) is not None for record in records)]
+                    ours_ = [{self.named[k]: v for k, v in r.items() if k in self.named} for r in records]
+                    if any(map(_complaint, ours_)):
+                        raise self._located() from None
+                    table = _table(ours_, self.styles)
+                if late:
+                    raise UserError(f"{self.path}: some battles have {late[0]}, and the first has not; give it to all")
+                yield table
                 line += block.count(b"\n")
 
     def _json_records(self) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -50,7 +50,8 @@ class BradleyTerry:
         components_: (M,) int64; models of different components were never compared, not even through others, so their
             ratings are not comparable.
         unbounded_: per model ``""``, ``"won all"``, ``"lost all"`` or ``"one-way"``: a member of a group whose battles
-            with the others of its component all went one way. Of such groups the largest has no mark.
+            with the others of its component all went one way. Of such groups the largest has no mark. All have
+            ``"style"`` where the style covariates alone tell the winners.
 
     Raises:
         ValueError: an argument out of its range.
@@ -100,6 +101,10 @@ class BradleyTerry:
         self._bounded = not any(self.unbounded_)
         start = np.zeros(len(self.models_) + self._rows.features)
         self._solution = self._rows.newton(self._played, self._won, start, self._ridge(self._bounded))
+        half = self._played / 2
+        left = self._rows.gradients(half, self._won - half, self._solution, self._ridge(self._bounded))
+        if self.style and np.abs(left).max() > 1e-6 * self._played.sum():
+            self.unbounded_ = ("style",) * len(self.models_)  # `newton` put in the prior
         self.ratings_ = self._centred(self._solution[None])[0]
         self.style_ = self._solution[len(self.models_) :]
         self.style_names_ = battles.style_names if self.style else ()
@@ -428,7 +433,13 @@ class _Rows:
         return found
 
     def newton(self, played: Floats, won: Floats, start: Floats, ridge: float) -> Floats:
-        """The solution of one set of totals, by Newton's method with halved steps."""
+        """The solution of one set of totals, by Newton's method with halved steps.
+
+        Where it does not settle, because the style covariates alone tell the winners, the prior of `RIDGE` holds it.
+
+        Raises:
+            UserError: ratings and style that cannot be told apart.
+        """
         solution = start.copy()
 
         def loss(at: Floats) -> float:
@@ -454,7 +465,9 @@ class _Rows:
             value = new
             if size * np.abs(step).max() < TOLERANCE:
                 return solution
-        return solution
+        if ridge >= RIDGE:
+            raise UserError("the ratings do not settle even with a prior; leave out style covariates, or raise l2")
+        return self.newton(played, won, start, RIDGE)
 
     def solve_all(self, played: Floats, won: Floats, start: Floats, ridge: Any) -> Floats:
         """Solutions, (B, M + F), of (rows, B) totals, all at once from one near them."""
@@ -492,8 +505,6 @@ class _Rows:
     def _bounded_like(self, played: Floats, won: Floats) -> bool:
         """Whether a highest likelihood exists: everyone can be beaten by everyone of the component, through others."""
         pattern = (won > 0, played > won)
-        if not hasattr(self, "_pattern"):
-            raise RuntimeError("connections come first")
         if all(np.array_equal(a, b) for a, b in zip(pattern, self._pattern, strict=True)):
             return self._pattern_bounded
         parts, groups = self.connections(played, won, keep=False)
