@@ -50,8 +50,7 @@ class BradleyTerry:
         components_: (M,) int64; models of different components were never compared, not even through others, so their
             ratings are not comparable.
         unbounded_: per model ``""``, ``"won all"``, ``"lost all"`` or ``"one-way"``: a member of a group whose battles
-            with the others of its component all went one way. Of such groups the largest has no mark. All have
-            ``"style"`` where the style covariates alone tell the winners.
+            with the others of its component all went one way. Of such groups the largest has no mark.
 
     Raises:
         ValueError: an argument out of its range.
@@ -69,7 +68,7 @@ class BradleyTerry:
 
         Raises:
             UserError: no battle is left, or style is asked for and the battles have no covariates, or covariates that
-                do not vary.
+                do not vary, or that tell the winners by themselves.
         """
         kept = np.ones(len(battles.first), dtype=bool) if self.ties == "half" else battles.outcome != 0.5
         if not kept.any():
@@ -101,10 +100,13 @@ class BradleyTerry:
         self._bounded = not any(self.unbounded_)
         start = np.zeros(len(self.models_) + self._rows.features)
         self._solution = self._rows.newton(self._played, self._won, start, self._ridge(self._bounded))
-        half = self._played / 2
-        left = self._rows.gradients(half, self._won - half, self._solution, self._ridge(self._bounded))
-        if self.style and np.abs(left).max() > 1e-6 * self._played.sum():
-            self.unbounded_ = ("style",) * len(self.models_)  # `newton` put in the prior
+        if features is not None:
+            curve = self._rows.hessian(self._played, self._solution, RIDGE)[len(self.models_) :, len(self.models_) :]
+            if np.linalg.eigvalsh(curve)[0] < 1e-6 * self._played.sum():
+                raise UserError(
+                    "the style covariates tell the winners by themselves, so no finite weight fits them; leave out "
+                    "covariates"
+                )
         self.ratings_ = self._centred(self._solution[None])[0]
         self.style_ = self._solution[len(self.models_) :]
         self.style_names_ = battles.style_names if self.style else ()
