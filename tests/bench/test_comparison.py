@@ -126,7 +126,9 @@ def test_two_drivers_on_one_journal_share_the_work(driver, tmp_path):
 
 
 def test_an_interrupt_gives_back_leases_and_keeps_what_is_finished(driver, tmp_path):
+    # A shell that runs the tests in the background has them ignore interrupts, and the driver would inherit that.
     process = driver(
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"claim = make_claim('counts', folder={str(tmp_path)!r}, seconds=0.5)\n"
         "try:\n    list(compare([claim], Journal(), jobs=2, seeds=(8, 8)))\n"
         "except KeyboardInterrupt:\n    print('interrupted')"
