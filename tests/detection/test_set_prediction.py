@@ -149,7 +149,9 @@ def test_finite_differences_of_class_and_box_loss():
     things = torch.rand(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.3 + 0.3
     count = torch.tensor([2.0, 3.0])
     assert torch.autograd.gradcheck(lambda x: class_loss(x, wanted, count), logits.requires_grad_())
-    assert torch.autograd.gradcheck(lambda x: torch.stack(box_losses(x, matches, things, count)), boxes.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: torch.stack(box_losses(x, matches, things, count)), boxes.requires_grad_()
+    )
 
 
 def test_generalized_iou_against_transformers_and_by_hand():

@@ -141,7 +141,7 @@ def resized(
     size = fitted(width, height, side, stretch)
     if size == (width, height):
         return picture, np.ones(4, dtype=np.float32)
-    small = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
+    small = np.array(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
     return small, _factors(width, height, *size)
 
 

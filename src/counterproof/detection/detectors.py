@@ -38,9 +38,8 @@ def load_detector(
         seed: of a new class head; the global generator is left as it was.
 
     Returns:
-        the model; losses of all decoder layers are on (``config.auxiliary_loss``), as in the papers. A backbone that
-        transformers froze whole (one built from a ResNetConfig, whose parts it looks for under other names) is made
-        trainable but for its stem and first stage, as DETR's code has it.
+        the model; losses of all decoder layers are on (``config.auxiliary_loss``), as in the papers. All parameters are
+        trainable, the backbone's too (transformers freezes a ResNet's only in models built from a config).
 
     Raises:
         UserError: no such model, no safetensors weights, or a checkpoint that is no detector.
@@ -71,13 +70,9 @@ def load_detector(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: PreTrainedModel = AutoModelForObjectDetection.from_pretrained(name, **options)
+            model: Any = AutoModelForObjectDetection.from_pretrained(name, **options)
     except (OSError, ValueError, RuntimeError) as problem:
         raise UserError(f"{name} cannot be loaded: {str(problem).splitlines()[0]}") from None
-    backbone = [(part, value) for part, value in model.named_parameters() if ".backbone." in part]
-    if backbone and not any(value.requires_grad for _, value in backbone):
-        for part, value in backbone:
-            value.requires_grad_(not any(word in part for word in ("embedder", "stem", "stages.0.")))
     return model.to(device).eval()
 
 
@@ -110,7 +105,7 @@ def classes_of(model: "PreTrainedModel", data: DetectionData, source: object) ->
         UserError: they have no class in common.
     """
     names = {name.casefold(): number for number, name in enumerate(data.classes)}
-    labels = model.config.id2label
+    labels: Any = model.config.id2label
     found = [names.get(str(labels[number]).casefold()) for number in sorted(labels)]
     if not any(number is not None for number in found):
         raise UserError(
@@ -205,7 +200,7 @@ def best(logits: Tensor, boxes: Tensor, softmax: bool, most: int = MOST) -> tupl
     """Scores (B, n) in descending order, classes (B, n) and boxes (B, n, 4) of the n best detections of a picture."""
     if softmax:
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-        scores, order = scores.sort(-1, descending=True, stable=True)
+        scores, order = scores.sort(dim=-1, descending=True, stable=True)
         order, scores = order[:, :most], scores[:, :most]
         return scores, labels.gather(1, order), boxes.gather(1, order[..., None].expand(-1, -1, 4))
     flat = logits.sigmoid().flatten(1)

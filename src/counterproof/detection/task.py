@@ -256,9 +256,9 @@ def load_model(trial: Trial, settings: Mapping[str, Any], data: "DetectionData")
     seed = int(trial.rng("start").integers(2**31))
     own = trial.data is not None or trial.model is not None
     if trial.model is not None:
-        model = load_detector(trial.model, data.classes, device=trial.device, seed=seed)
-        return model, pixels_of(trial.model, model, settings["side"])
-    model = tiny_detector(
+        loaded = load_detector(trial.model, data.classes, device=trial.device, seed=seed)
+        return loaded, pixels_of(trial.model, loaded, settings["side"])
+    model: Any = tiny_detector(
         settings["family"],
         num_labels=len(data.classes),
         width=settings["width"],

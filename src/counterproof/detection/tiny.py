@@ -65,7 +65,8 @@ def tiny_detector(
     if not 1 <= levels <= len(channels):
         raise ValueError(f"levels={levels}; the backbone has {len(channels)} stages")
     stages = [f"stage{number}" for number in range(len(channels) - levels + 1, len(channels) + 1)]
-    backbone = transformers.ConvNextConfig(
+    convnext: Any = transformers.ConvNextConfig  # whose annotations lack out_features
+    backbone = convnext(
         num_channels=3,
         patch_size=4,
         num_stages=len(channels),
@@ -133,7 +134,7 @@ def initialize(model: "PreTrainedModel") -> None:
         if absolute or (number == 0 and kind == "deformable_detr"):
             with torch.no_grad():
                 last.bias[2:] = START
-    classes = getattr(model, "class_embed", None) or whole.class_labels_classifier
+    classes = whole.class_embed if hasattr(model, "class_embed") else whole.class_labels_classifier
     for head in classes if isinstance(classes, nn.ModuleList) else [classes]:
         nn.init.xavier_uniform_(head.weight)
         nn.init.constant_(head.bias, 0.0 if kind == "detr" else -math.log((1 - PRIOR) / PRIOR))

@@ -101,7 +101,7 @@ def fit(
         recipe: how.
         seed: of dropout and of what a method draws from torch's global generator; each step has its own state of it,
             and the caller's is left as it was.
-        looks: shares of the training, ascending, after which `look` is called; 1 for the end.
+        looks: shares of the training, ascending, after which `look` is called, once for a step; 1 for the end.
         look: ``look(step, share)``, with the detector in eval mode and, if so, the averaged weights.
         watch: ``watch(step, share, loss)`` after every step.
         clock: processor seconds spent so far, for ``recipe.seconds`` and the method's own time.
@@ -118,7 +118,7 @@ def fit(
     groups = _parameter_groups(trainee.module, recipe)
     fused = torch.device(device).type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=fused)
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    parameters: list[Tensor] = [parameter for group in groups for parameter in group["params"]]
     average = [parameter.detach().clone() for parameter in parameters] if recipe.ema else []
     began = clock()
     done, spent = 0, 0.0
@@ -126,6 +126,12 @@ def fit(
         done, spent = _restore(checkpoint, trainee.module, optimizer, average, recipe, seed, device)
     trainee.module.train()
     pending = [share for share in looks if share > _share(recipe, done, spent)]
+
+    def seen(step: int, share: float) -> None:
+        if look is not None:
+            with _averaged(trainee, parameters, average):
+                look(step, min(share, 1.0))
+
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         for step, batch in _loaded(batches, done, recipe):
             share = _share(recipe, step, spent + clock() - began)
@@ -150,16 +156,15 @@ def fit(
             share = _share(recipe, done, spent + clock() - began)
             if watch is not None:
                 watch(done, share, value)
-            while pending and share >= pending[0] - 1e-9:
+            if pending and share >= pending[0] - 1e-9:
                 paused = clock()
-                with _averaged(trainee, parameters, average):
-                    if look is not None:
-                        look(done, pending.pop(0))
-                    else:
-                        pending.pop(0)
+                pending = [later for later in pending if later > share + 1e-9]
+                seen(done, share)
                 began += clock() - paused
             if checkpoint is not None and (done % every == 0 or share >= 1):
                 _save(checkpoint, trainee.module, optimizer, average, recipe, seed, done, spent + clock() - began)
+    if pending:  # the time ran out between two steps
+        seen(done, 1.0)
     if average:
         with torch.no_grad():
             torch._foreach_copy_(parameters, average)
@@ -203,7 +208,7 @@ def _parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]
 
 
 @contextmanager
-def _averaged(trainee: Trainee, parameters: list[nn.Parameter], average: list[Tensor]) -> Iterator[None]:
+def _averaged(trainee: Trainee, parameters: list[Tensor], average: list[Tensor]) -> Iterator[None]:
     """Inside, the detector is in eval mode with the averaged weights."""
     kept = [parameter.detach().clone() for parameter in parameters] if average else []
     trainee.module.eval()
