@@ -134,7 +134,7 @@ def initialize(model: "PreTrainedModel") -> None:
         if absolute or (number == 0 and kind == "deformable_detr"):
             with torch.no_grad():
                 last.bias[2:] = START
-    classes = whole.class_embed if hasattr(model, "class_embed") else whole.class_labels_classifier
+    classes: Any = whole.class_embed if hasattr(model, "class_embed") else whole.class_labels_classifier
     for head in classes if isinstance(classes, nn.ModuleList) else [classes]:
         nn.init.xavier_uniform_(head.weight)
         nn.init.constant_(head.bias, 0.0 if kind == "detr" else -math.log((1 - PRIOR) / PRIOR))
