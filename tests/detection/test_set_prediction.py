@@ -117,6 +117,29 @@ def test_loss_parts_and_gradients_are_those_of_transformers(sizes, kind):
     assert torch.equal(ours[4][1]["pred_boxes"], theirs[4][1]["pred_boxes"])
 
 
+def test_the_last_layer_is_the_logits_and_not_what_is_listed_last():
+    # DETR and Conditional DETR predict from the last layer normalised once more than the list of layers has it.
+    logits, boxes = predictions()
+    labels = targets((2, 1, 0, 3))
+    config = DeformableDetrConfig(num_labels=5, auxiliary_loss=True, decoder_layers=3)
+    last, box = logits[-1] * 1.7, boxes[-1] * 0.9
+    ours = SetLoss()(last, labels, logits.device, box, config, logits, boxes)
+    theirs = DeformableDetrForObjectDetectionLoss(last, labels, logits.device, box, config, logits, boxes)
+    torch.testing.assert_close(ours[0], theirs[0])
+
+
+def test_half_precision_parts_are_taken_as_they_come():
+    logits, boxes = predictions()
+    labels = targets((2, 1, 0, 3))
+    config = DeformableDetrConfig(num_labels=5, auxiliary_loss=True, decoder_layers=3)
+    half = logits.bfloat16().requires_grad_()
+    loss = SetLoss()(half[-1], labels, logits.device, boxes[-1], config, half, boxes)[0]
+    whole = SetLoss()(half[-1].float(), labels, logits.device, boxes[-1], config, half.float(), boxes)[0]
+    torch.testing.assert_close(loss, whole)
+    loss.backward()
+    assert half.grad.isfinite().all()
+
+
 def test_only_the_last_layer_counts_without_auxiliary_loss():
     logits, boxes = predictions()
     labels = targets((2, 1, 0, 3))

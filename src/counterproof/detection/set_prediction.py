@@ -137,8 +137,7 @@ def match_cost(
         (..., B, N, T) with T the most objects of an image; columns from T_b on are padding. float32, or float64 for
         float64 inputs.
     """
-    wide = torch.float64 if boxes.dtype == torch.float64 else torch.float32
-    logits, boxes = logits.to(wide), boxes.to(wide)
+    logits, boxes = wide(logits), wide(boxes)
     ids, targets = _padded(labels, boxes)
     index = ids[:, None, :].expand(*logits.shape[:-1], ids.shape[-1])
     if classes == "softmax":
@@ -203,7 +202,8 @@ def match_queries(
         raise ValueError(f"{queries} queries cannot be cut into num_groups={num_groups} equal groups")
     sizes = [len(target["class_labels"]) for target in labels]
     weights: dict[str, Any] = dict(class_cost=class_cost, bbox_cost=bbox_cost, giou_cost=giou_cost, classes=classes)
-    cost = match_cost(logits, boxes, labels, **weights).cpu().numpy()
+    # A layer at a time: the costs of all at once would not fit the processor's cache, and take twice as long.
+    cost = torch.stack([match_cost(score, box, labels, **weights) for score, box in zip(logits, boxes)]).cpu().numpy()
     problems = cost.reshape(layers * batch * num_groups, step, cost.shape[-1])
     repeated = [size for _ in range(layers) for size in sizes for _ in range(num_groups)]
     pairs = linear_assignment_batch(problems, sizes=repeated, on_invalid="last")
@@ -266,6 +266,11 @@ def box_losses(boxes: Tensor, matches: Matches, targets: Tensor, count: float | 
     return (zero.index_add(0, matches.layer, distance) / count, zero.index_add(0, matches.layer, apart) / count)
 
 
+def wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class SetLoss:
     """The loss of a DETR, for ``model.loss_function``: one-to-one within each of K groups of queries.
@@ -308,9 +313,13 @@ class SetLoss:
         """
         c: Any = config
         check_labels(labels, len(logits), c.num_labels)
-        scores, boxes = logits[None], pred_boxes[None]
+        # Under autocast the parts come in different types. The last layer is the logits themselves: DETR and
+        # Conditional DETR predict from it normalised twice, and list it normalised once.
+        scores, boxes = wide(logits)[None], wide(pred_boxes)[None]
         if c.auxiliary_loss and outputs_class is not None and outputs_coord is not None:
-            scores, boxes = outputs_class, outputs_coord
+            scores, boxes = (
+                torch.cat([wide(early[:-1]), last]) for early, last in ((outputs_class, scores), (outputs_coord, boxes))
+            )
         weights: dict[str, Any] = dict(class_cost=c.class_cost, bbox_cost=c.bbox_cost, giou_cost=c.giou_cost)
         matches = match_queries(scores, boxes, labels, num_groups=self.num_groups, classes=self.classes, **weights)
         ids = torch.cat([target["class_labels"] for target in labels]).to(scores.device)
