@@ -24,9 +24,10 @@ BELOW = {
     "bench": set(),
     "language": {"assign"},
     **{room: {"assign", "language", "bench"} for room in ROOM_NAMES},
-    "page": {"assign", "bench"},
+    "page": {"assign", "bench", "language"},
     "watch": {"bench", "page"},
-    "cli": {"bench", "page", "watch"},
+    "web": {"bench", "page", "watch"},
+    "cli": {"bench", "page", "watch", "web"},
 }
 
 

@@ -124,6 +124,16 @@ def test_a_later_record_adds_what_the_first_lacked_and_the_trusted_source_wins(s
     consistent(store)
 
 
+@pytest.mark.parametrize(
+    ("published", "day"), [("1996", "1996-01-01"), ("1996-07", "1996-07-01"), ("1996-07-12T10:00:00Z", "1996-07-12")]
+)
+def test_a_paper_is_listed_on_a_day_even_when_only_its_year_is_known(store, published, day):
+    added = store.add(replace(DETR, published=published), source="bibtex")
+    assert store.get(added.paper).day == day
+    assert store.add(replace(DETR, published=published), source="ris").outcome == "same"  # says nothing new
+    assert store.rebuild() == 0
+
+
 def test_the_same_title_author_and_year_is_the_same_paper_unless_ids_differ(store):
     paper = store.add(DETR, source="arxiv").paper
     alike = Entry(title="End-to-end object detection with transformers", authors=("Carion, Nicolas",), published="2020")

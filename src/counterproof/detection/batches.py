@@ -22,6 +22,8 @@ with extra("detection"):
 
 __all__ = ["Batches", "Pixels", "collate", "median_side", "scene_data"]
 
+STRIDE = 32  # of the coarsest feature map of detectors without a pixel mask
+
 
 @dataclass(frozen=True)
 class Pixels:
@@ -29,7 +31,8 @@ class Pixels:
 
     Attributes:
         side: longest side in pixels after resizing; None leaves pictures as they are.
-        stretch: pictures become squares of that side, as detectors without a pixel mask expect (RT-DETR, D-FINE).
+        stretch: pictures become squares of that side, as detectors without a pixel mask expect (RT-DETR, D-FINE);
+            rounded to a multiple of 32, which they need.
         mean, std: of the three channels, on a scale of 0 to 1; ImageNet's by default.
         multiple: height and width of a batch are padded to multiples of it.
     """
@@ -123,7 +126,8 @@ def fitted(width: int, height: int, side: int | None, stretch: bool) -> tuple[in
     """Width and height of a picture after resizing."""
     if side is None:
         return width, height
-    if stretch:
+    if stretch:  # the models that want this also want whole cells of their coarsest map
+        side = max(STRIDE, round(side / STRIDE) * STRIDE)
         return side, side
     scale = side / max(width, height)
     return max(1, round(width * scale)), max(1, round(height * scale))

@@ -1,5 +1,6 @@
 """Detectors in transformers' own classes: load them, let them predict, save them so that they load without us."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from counterproof.detection.annotations import DetectionData
-from counterproof.detection.batches import Pixels, collate, resized
+from counterproof.detection.batches import Pixels, collate, fitted, resized
 from counterproof.errors import UserError, extra
 from counterproof.files import replacing
 
@@ -18,10 +19,11 @@ with extra("detection"):
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_queries", "classes_of", "load_detector", "pixels_of", "predict", "save_detector"]
+__all__ = ["check_queries", "classes_of", "load_detector", "pixels_of", "predict", "save_detector", "side_of"]
 
 SOFTMAX = ("detr", "table-transformer", "yolos")  # their last class is "no object"
-STRETCHED = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2")  # no pixel mask: squares, as their own processors make
+# No pixel mask: squares, as most of their own processors make.
+STRETCHED = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "yolos")
 MOST = 100  # detections of a picture, as COCO counts them
 
 
@@ -65,7 +67,7 @@ def load_detector(
             "label2id": {label: number for number, label in enumerate(classes)},
             "ignore_mismatched_sizes": True,
         }
-    if hasattr(config, "auxiliary_loss"):
+    if hasattr(config, "auxiliary_loss") and config.model_type != "yolos":  # there it fails for want of hidden states
         options["auxiliary_loss"] = True
     try:
         with torch.random.fork_rng(devices=[]):
@@ -73,18 +75,20 @@ def load_detector(
             model: Any = AutoModelForObjectDetection.from_pretrained(name, **options)
     except (OSError, ValueError, RuntimeError) as problem:
         raise UserError(f"{name} cannot be loaded: {str(problem).splitlines()[0]}") from None
+    if "labels" not in inspect.signature(model.forward).parameters:
+        raise UserError(f"{name} is a {config.model_type} checkpoint, which finds no objects of classes; name a DETR")
     return model.to(device).eval()
 
 
 def pixels_of(name: str | Path | None, model: "PreTrainedModel", side: int | None) -> Pixels:
-    """How a detector wants its pictures: mean and deviation from its folder's preprocessor_config.json, or ImageNet's.
+    """How a detector wants its pictures: mean and deviation from its preprocessor_config.json, or ImageNet's.
 
     Raises:
         UserError: a file that does not say them.
     """
     stretch = model.config.model_type in STRETCHED
-    file = None if name is None else Path(name) / "preprocessor_config.json"
-    if file is None or not file.is_file():
+    file = _processor_file(name)
+    if file is None:
         return Pixels(side=side, stretch=stretch)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -98,15 +102,63 @@ def pixels_of(name: str | Path | None, model: "PreTrainedModel", side: int | Non
     return Pixels(side=side, stretch=stretch, mean=mean, std=std)
 
 
+def side_of(name: str | Path) -> int | None:
+    """The longest side in pixels that a detector's preprocessor_config.json asks for; None: pictures as they are.
+
+    Where it asks for a shortest side and a greater longest one, that of a picture of 4 by 3, as most of COCO's are.
+
+    Raises:
+        UserError: a file that is no JSON, or whose size is neither edges nor height and width.
+    """
+    file = _processor_file(name)
+    if file is None:
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        size = found.get("size")
+        if size is None or not found.get("do_resize", True):
+            return None
+        if "height" in size:
+            return max(int(size["height"]), int(size["width"]))
+        if "max_height" in size:
+            return max(int(size["max_height"]), int(size["max_width"]))
+        longest = size.get("longest_edge")
+        shortest = size.get("shortest_edge", longest)
+        wide = round(4 / 3 * int(shortest))
+        return wide if longest is None else min(wide, int(longest))
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise UserError(f"{file} does not say the pictures' size: {problem}; give it with --side") from None
+
+
+def _processor_file(name: str | Path | None) -> Path | None:
+    """The preprocessor_config.json of a folder or of a model on the hub, if it has one."""
+    from transformers.utils.hub import cached_file
+
+    if name is None or Path(name).is_dir():
+        file = None if name is None else Path(name) / "preprocessor_config.json"
+        return file if file is not None and file.is_file() else None
+    try:
+        found = cached_file(str(name), "preprocessor_config.json")
+    except OSError:  # the model has none, or it was never fetched
+        return None
+    return None if found is None else Path(found)
+
+
 def classes_of(model: "PreTrainedModel", data: DetectionData, source: object) -> list[int | None]:
     """For each class of the model the index of the data's class of the same name; None where the data has none.
+
+    Names that differ in case only are the same where no other name is nearer.
 
     Raises:
         UserError: they have no class in common.
     """
-    names = {name.casefold(): number for number, name in enumerate(data.classes)}
+    exact = {name: number for number, name in enumerate(data.classes)}
+    folded = {name.casefold(): number for name, number in exact.items()}
     labels: Any = model.config.id2label
-    found = [names.get(str(labels[number]).casefold()) for number in sorted(labels)]
+    named = [str(labels[number]) for number in sorted(labels)]
+    taken = {exact[name] for name in named if name in exact}
+    near = [folded.get(name.casefold()) for name in named]
+    found = [exact.get(name, None if other in taken else other) for name, other in zip(named, near)]
     if not any(number is not None for number in found):
         raise UserError(
             f"{source} detects {_some(labels.values())}, {data.source} has {_some(data.classes)}: no class in common; "
@@ -126,7 +178,7 @@ def check_queries(model: "PreTrainedModel", data: DetectionData) -> None:
     Raises:
         UserError: naming the picture.
     """
-    queries = model.config.num_queries
+    queries = getattr(model.config, "num_queries", None) or model.config.num_detection_tokens  # YOLOS calls them so
     for picture in data.pictures:
         count = int((~picture.crowd).sum())
         if count > queries:
@@ -220,7 +272,7 @@ def save_detector(model: "PreTrainedModel", folder: Path, pixels: Pixels) -> Non
     size: dict[str, int] = {}
     if pixels.side is not None:
         kind = ("height", "width") if pixels.stretch else ("shortest_edge", "longest_edge")
-        size = dict.fromkeys(kind, pixels.side)
+        size = dict.fromkeys(kind, fitted(1, 1, pixels.side, pixels.stretch)[0])
     about = {
         "image_processor_type": f"{family}ImageProcessor",
         "do_resize": pixels.side is not None,

@@ -187,7 +187,11 @@ def _loaded(batches: Batches, start: int, recipe: Recipe) -> Iterator[tuple[int,
     loader: Any = torch.utils.data.DataLoader(
         torch.utils.data.Subset(batches, steps), batch_size=None, shuffle=False, num_workers=recipe.workers
     )
-    yield from zip(steps, loader)
+    try:
+        yield from zip(steps, loader)
+    except UserError as problem:  # the loader puts the worker's traceback before the message
+        message = str(problem).splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+        raise UserError(message) from None
 
 
 def _parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markdown_it import MarkdownIt
 
-__all__ = ["render", "write"]
+__all__ = ["paper_view", "render", "write"]
 
 MEASURED = "What was measured here"  # the card's section that introduces the claims
 
@@ -86,7 +86,7 @@ def render(
         "us": judged_together({slug: ours.get(slug, ()) for slug in slugs}),
         "here": judged_together({slug: local.get(slug, ()) for slug in slugs}),
     }
-    views = [_paper_view(paper, {place: found[paper.slug] for place, found in measured.items()}) for paper in papers]
+    views = [paper_view(paper, {place: found[paper.slug] for place, found in measured.items()}) for paper in papers]
     by_room = {room: [view for view in views if view["paper"].room == room] for room in ROOMS}
     claims = [claim for view in views for claim in view["claims"]]
     script = _environment().get_template("report.js").render().strip()
@@ -152,7 +152,8 @@ def _environment() -> "Environment":
 # --- Views ------------------------------------------------------------------------------------------------------------
 
 
-def _paper_view(paper: Paper, measured: Mapping[Place, Sequence[Comparison]]) -> dict[str, Any]:
+def paper_view(paper: Paper, measured: Mapping[Place, Sequence[Comparison]]) -> dict[str, Any]:
+    """What the templates show of a paper: its claims with all that was measured, and its card's sections as HTML."""
     known = {claim.name: claim for claim in paper.claims}
     for comparisons in measured.values():
         for comparison in comparisons:

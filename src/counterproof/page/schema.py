@@ -17,6 +17,7 @@ MIGRATIONS: tuple[str, ...] = (
         merged_into INTEGER REFERENCES papers (id)
     );
     CREATE INDEX papers_day ON papers (day DESC, id DESC) WHERE merged_into IS NULL;
+    CREATE INDEX papers_merged ON papers (merged_into) WHERE merged_into IS NOT NULL;
     CREATE TABLE aliases (
         alias TEXT PRIMARY KEY,
         paper INTEGER NOT NULL REFERENCES papers (id)
@@ -87,14 +88,15 @@ MIGRATIONS: tuple[str, ...] = (
         skipped TEXT NOT NULL
     );
     CREATE TABLE embeddings (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
         paper INTEGER NOT NULL REFERENCES papers (id),
         model TEXT NOT NULL,
         length INTEGER NOT NULL,
         dimension INTEGER NOT NULL,
         content BLOB NOT NULL,
         vector BLOB NOT NULL,
-        PRIMARY KEY (model, length, dimension, paper)
-    ) WITHOUT ROWID;
+        UNIQUE (model, length, dimension, paper)
+    );
     CREATE TABLE saved_views (
         name TEXT PRIMARY KEY,
         query TEXT NOT NULL,
@@ -107,23 +109,34 @@ MIGRATIONS: tuple[str, ...] = (
         rhythm TEXT NOT NULL CHECK (rhythm IN ('daily', 'weekly')),
         topics TEXT NOT NULL,
         views TEXT NOT NULL,
+        handle BLOB NOT NULL UNIQUE,
         secret BLOB NOT NULL,
         asked TEXT NOT NULL,
         confirmed TEXT,
         ended TEXT,
-        bounces INTEGER NOT NULL DEFAULT 0
+        bounces INTEGER NOT NULL DEFAULT 0,
+        bounced TEXT
     );
+    CREATE TABLE asks (
+        id INTEGER PRIMARY KEY,
+        at TEXT NOT NULL,
+        email TEXT NOT NULL,
+        caller TEXT
+    );
+    CREATE INDEX asks_at ON asks (at);
     CREATE TABLE tokens (
         digest BLOB PRIMARY KEY,
         subscriber INTEGER NOT NULL REFERENCES subscribers (id),
+        wishes TEXT NOT NULL,
         expires TEXT NOT NULL,
         used TEXT
     ) WITHOUT ROWID;
+    CREATE INDEX tokens_subscriber ON tokens (subscriber);
     CREATE TABLE outbox (
         id INTEGER PRIMARY KEY,
         issue TEXT NOT NULL,
         subscriber INTEGER NOT NULL REFERENCES subscribers (id),
-        message_id TEXT NOT NULL,
+        message_id TEXT NOT NULL UNIQUE,
         message BLOB NOT NULL,
         state TEXT NOT NULL CHECK (state IN ('queued', 'sending', 'sent', 'failed', 'unsure')),
         attempts INTEGER NOT NULL DEFAULT 0,
@@ -132,6 +145,8 @@ MIGRATIONS: tuple[str, ...] = (
         changed TEXT NOT NULL,
         UNIQUE (issue, subscriber)
     );
+    CREATE INDEX outbox_subscriber ON outbox (subscriber, id);
+    CREATE INDEX outbox_waiting ON outbox (state, id) WHERE state IN ('queued', 'sending', 'unsure');
     CREATE TABLE delivered (
         subscriber INTEGER NOT NULL REFERENCES subscribers (id),
         paper INTEGER NOT NULL REFERENCES papers (id),

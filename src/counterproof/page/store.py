@@ -369,7 +369,8 @@ class Store:
             outcome: Outcome
             if paper is None:
                 outcome = "new"
-                listed = listed or (entry.published or now)[:10]
+                said = (entry.published or now)[:10]
+                listed = listed or said + "-01-01"[len(said) - 4 :]  # a year or month alone: its first day
                 paper = self.db.execute(
                     "INSERT INTO papers (key, slug, title, abstract, entry, published, day, changed) "
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -378,7 +379,7 @@ class Store:
                         entry.slug,
                         entry.title,
                         entry.abstract,
-                        text,
+                        entry.rest(),
                         entry.published,
                         listed,
                         now,
