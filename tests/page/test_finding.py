@@ -232,7 +232,7 @@ def test_merged_papers_are_found_once(store):
         assert len(numbers) == len(set(numbers))
 
 
-def test_meaning_finds_other_words_and_both_is_reciprocal_rank_fusion(store):
+def test_meaning_finds_other_words_and_both_is_half_of_either_stretched(store):
     encoder = Bags(automobiles="players", contests="battles")
     refresh(store, encoder)
     finder = Finder(store, encoder=encoder)
@@ -240,11 +240,16 @@ def test_meaning_finds_other_words_and_both_is_reciprocal_rank_fusion(store):
     by_meaning = finder.search("contests automobiles", how="meaning")
     assert by_meaning.by == "meaning"
     assert by_meaning.hits[0].paper.id == 5
-    words = [hit.paper.id for hit in finder.search("detection diffusion", how="words").hits]
-    meaning = [hit.paper.id for hit in finder.search("detection diffusion", how="meaning").hits]
+    want = {}
+    ranks = []
+    for how in ("words", "meaning"):
+        found = {hit.paper.id: hit.score for hit in finder.search("detection diffusion", how=how).hits}
+        low, high = min(found.values()), max(found.values())
+        for paper, score in found.items():
+            want[paper] = want.get(paper, 0) + (score - low) / (high - low) / 2
+        ranks.append(list(found))
+    words, meaning = ranks
     both = finder.search("detection diffusion")
-    want = {paper: sum(1 / (60 + ranks.index(paper) + 1) for ranks in (words, meaning) if paper in ranks)
-            for paper in {*words, *meaning}}  # fmt: skip
     assert {hit.paper.id: hit.score for hit in both.hits} == pytest.approx(want)
     assert [hit.paper.id for hit in both.hits] == sorted(want, key=lambda paper: (-want[paper], paper))
     assert both.by == "words and meaning"

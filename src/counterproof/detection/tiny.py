@@ -136,8 +136,8 @@ def initialize(model: "PreTrainedModel") -> None:
                 last.bias[2:] = START
     classes: Any = whole.class_embed if hasattr(model, "class_embed") else whole.class_labels_classifier
     for head in classes if isinstance(classes, nn.ModuleList) else [classes]:
-        nn.init.xavier_uniform_(head.weight)
-        nn.init.constant_(head.bias, 0.0 if kind == "detr" else -math.log((1 - PRIOR) / PRIOR))
+        nn.init.xavier_uniform_(head.weight)  # type: ignore[arg-type]
+        nn.init.constant_(head.bias, 0.0 if kind == "detr" else -math.log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]
     if kind == "dab-detr":
         with torch.no_grad():
             body.query_refpoint_embeddings.weight[:, :2] = torch.logit(_grid(model.config.num_queries))

@@ -6,8 +6,9 @@ may be the beginning of one. The work for a query is bounded: words that are in 
 aside when there are others, and of more than 5,000 papers that match, those with the words in their titles and those
 that came last are ranked.
 
-By meaning: the vectors of `counterproof.page.vectors`, exactly. Both are put together by reciprocal-rank fusion
-(Cormack, Clarke and Buettcher 2009): a paper's score is the sum of 1 / (60 + rank) over the two lists.
+By meaning: the vectors of `counterproof.page.vectors`, exactly. Both are put together by their scores: those of either
+list are stretched to 0 .. 1 over its first 200, and a paper has half of the sum, 0 for a list it is not in. On held-out
+titles and halves of texts that was better than either list alone, which fusing ranks (1 / (60 + rank)) was not.
 """
 
 import re
@@ -37,7 +38,6 @@ SHORT = 3  # letters a last word needs to stand for what it begins
 ENOUGH = 20  # papers that have the last word itself, above which it stands for itself only
 DEPTH = 200  # papers of either list that are fused
 DEEPEST = 1_000  # papers of one list alone
-FUSION = 60
 TITLES = 50_000  # of the latest papers, whose words replace one that no paper has
 MANY = 300  # papers looked at to estimate how many have a word
 
@@ -217,7 +217,7 @@ class Finder:
             raise UserError("the query has no word in it; write what the paper is about")
         named = self._named(query, where)
         begin = 0 if after is None else after[1] + 1
-        # Fused ranks depend on how deep the lists are, so every page of a fused list is made of lists equally deep.
+        # Fused scores depend on how deep the lists are, so every page of a fused list is made of lists equally deep.
         depth = DEPTH if how == "both" else min(begin + limit + 1, DEEPEST)
         notes: list[str] = []
         by_words: list[tuple[int, float]] = []
@@ -233,10 +233,11 @@ class Finder:
         parts: dict[int, dict[str, float]] = {}
         scores: dict[int, float] = {}
         for name in used:
+            worst, best = min(score for _, score in lists[name]), max(score for _, score in lists[name])
             for rank, (paper, score) in enumerate(lists[name], 1):
                 parts.setdefault(paper, {}).update({name: score, f"rank by {name}": rank})
-                fused = 1 / (FUSION + rank) if len(used) == 2 else score
-                scores[paper] = scores.get(paper, 0.0) + fused
+                stretched = (score - worst) / (best - worst) if best > worst else 1.0
+                scores[paper] = scores.get(paper, 0.0) + (stretched / 2 if len(used) == 2 else score)
         if len(used) == 2:
             order = sorted(scores, key=lambda paper: (-scores[paper], paper))
         else:

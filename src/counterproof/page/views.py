@@ -377,7 +377,7 @@ class Views:
         formulas = {
             "words": "bm25, a title's words counting ten times an abstract's; papers with all words first",
             "meaning": "cosine similarity of MiniLM's vectors of title and abstract",
-            "words and meaning": "the sum of 1 / (60 + rank) over the ranks by words (bm25) and by meaning (MiniLM)",
+            "words and meaning": "half the sum of the scores by words and by meaning, each stretched to 0 .. 1",
         }
         ended = (hits[-1].paper.id, begin + len(hits) - 1) if more else None
         return self._made(query, items, ended, snapshot, formulas[found.by], found.notes)
