@@ -58,6 +58,14 @@ def test_a_paper_is_shown(plugin):
     assert json.loads(plugin("show", "group-detr", "--json").stdout)["arxiv"] == "2207.13085"
 
 
+def test_a_paper_is_traced_to_its_roots(plugin):
+    done = plugin("show", "group-detr", "--history")
+    assert "Hungarian method" in done.stdout, done.stderr
+    found = json.loads(plugin("show", "group-detr", "--history", "--json").stdout)
+    assert found["id"] == "group-detr"
+    assert {"detr-2020"} <= {root["id"] for root in found["roots"]}
+
+
 def test_papers_are_found(plugin):
     found = json.loads(plugin("search", "shrunk", "noisy", "mean", "--json").stdout)
     assert found[0]["slug"] == "shrunken-mean"

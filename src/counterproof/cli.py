@@ -24,6 +24,14 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 as_json = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 
 
+# The page, live: imported when it is asked for.
+LIVE = {
+    "feed": "counterproof.page.feed_commands:feed",
+    "serve": "counterproof.web.commands:serve",
+    "mcp": "counterproof.web.commands:mcp",
+}
+
+
 class Rooms(click.Group):
     """The page's own commands, and one group for each room that has something to do with your files.
 
@@ -31,9 +39,13 @@ class Rooms(click.Group):
     """
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return [*super().list_commands(context), *rooms_with_commands()]
+        return [*super().list_commands(context), *LIVE, *rooms_with_commands()]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name in LIVE:
+            module, _, command = LIVE[name].partition(":")
+            live: click.Command = getattr(import_module(module), command)
+            return live
         if name in rooms_with_commands():
             found: click.Group = import_module(f"counterproof.{name}.commands").commands
             return found
@@ -41,7 +53,7 @@ class Rooms(click.Group):
 
 
 def rooms_with_commands() -> list[str]:
-    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/commands.py"))
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/commands.py") if path.parent.name != "web")
 
 
 @click.group(cls=Rooms, context_settings=CONTEXT)
@@ -119,12 +131,22 @@ def papers(room: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("slug")
+@click.option("--history", is_flag=True, help="The ideas it rests on, by credit, each with its strongest path.")
 @as_json
-def show(slug: str, as_json: bool) -> None:
-    """Show a paper: its card, and what was measured of it."""
+def show(slug: str, history: bool, as_json: bool) -> None:
+    """Show a paper: its card, and what was measured of it; or the ideas it rests on."""
     from counterproof.page.catalogue import find_paper
 
     paper = find_paper(slug)
+    if history:
+        from counterproof.page import History, roots_json, roots_text
+
+        shipped = History.shipped()
+        if as_json:
+            write_json(roots_json(shipped, slug))
+        else:
+            click.echo(roots_text(shipped, slug))
+        return
     measured: Sequence[Comparison] = ()
     if paper.status == "runs":
         from counterproof.page.results import measured_by_us

@@ -1,0 +1,1 @@
+"""The page, served: HTML, feeds, a JSON interface, and tools for assistants."""
