@@ -154,8 +154,10 @@ def test_search_while_typing_and_without_script(open_page):
     plain = open_page("/", java_script_enabled=False)
     plain.get_by_label("Search all papers").fill("sparrows")
     plain.keyboard.press("Enter")
+    plain.wait_for_url("**/search?q=sparrows")
     assert plain.locator("#found .item").count() == 30
     plain.get_by_role("link", name="Next part").click()
+    plain.wait_for_url("**cursor=**")
     assert plain.locator("#found .item").count() == 10
 
 
