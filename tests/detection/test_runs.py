@@ -728,8 +728,6 @@ def test_detectors_without_a_mask_train_on_whole_cells(tmp_path):
     sizes = {batches[step]["pixel_values"].shape[-2:] for step in range(8)}
     assert sizes == {(32, 32), (64, 64), (96, 96)} or sizes == {(64, 64), (96, 96)}
     fit(Trainee(model, model, lambda: model), batches, Recipe(steps=2), seed=0)
-    save_detector(model, tmp_path / "saved", Pixels(side=90, stretch=True))
-    assert side_of(tmp_path / "saved") == 96
 
 
 def test_folder_of_pictures(pictures):

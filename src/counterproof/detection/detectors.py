@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from counterproof.detection.annotations import DetectionData
-from counterproof.detection.batches import Pixels, collate, fitted, resized
+from counterproof.detection.batches import Pixels, collate, resized
 from counterproof.errors import UserError, extra
 from counterproof.files import replacing
 
@@ -272,7 +272,7 @@ def save_detector(model: "PreTrainedModel", folder: Path, pixels: Pixels) -> Non
     size: dict[str, int] = {}
     if pixels.side is not None:
         kind = ("height", "width") if pixels.stretch else ("shortest_edge", "longest_edge")
-        size = dict.fromkeys(kind, fitted(1, 1, pixels.side, pixels.stretch)[0])
+        size = dict.fromkeys(kind, pixels.side)
     about = {
         "image_processor_type": f"{family}ImageProcessor",
         "do_resize": pixels.side is not None,

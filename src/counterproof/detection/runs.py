@@ -43,7 +43,7 @@ from counterproof.detection.annotations import (
     split_data,
     write_coco,
 )
-from counterproof.detection.batches import Batches, Pixels, median_side
+from counterproof.detection.batches import Batches, Pixels, fitted, median_side
 from counterproof.detection.detectors import (
     check_queries,
     classes_of,
@@ -625,6 +625,8 @@ def _digest_data(data: DetectionData) -> str:
 def _write(done: Trained, pixels: Pixels, results: Sequence[Mapping[str, Any]], about: dict[str, Any]) -> None:
     """All that a training leaves; that it is finished last, so that a kill before it loses nothing."""
     out = done.out
+    if pixels.stretch:  # squares are rounded on reading: what is saved says what was trained on
+        pixels = replace(pixels, side=fitted(1, 1, pixels.side, stretch=True)[0])
     save_detector(done.model, out, pixels)
     if done.held_out.images is None:
         write_coco(done.held_out, out / HELD_OUT_JSON)
