@@ -28,17 +28,10 @@ from counterproof.page.subscribers import (
     unsubscribe_token,
 )
 from counterproof.page.views import Query, forget_view, save_view
+from lab.clock import Clock
 
 HEAD = Letterhead("papers@example.org", page="https://papers.example.org")
 MONDAY = date(2026, 11, 23)
-
-
-class Clock:
-    def __init__(self):
-        self.now = datetime(2026, 11, 23, 8, 30, tzinfo=UTC)
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -35,13 +35,7 @@ import misbehaving
 from misbehaving import Server
 from test_readers import BOMB, DAILY, PAGE, RIS, RSS, SCHOLAR
 
-
-class Clock:
-    def __init__(self):
-        self.now = datetime(2026, 11, 23, 8, 30, tzinfo=UTC)
-
-    def __call__(self):
-        return self.now
+from lab.clock import Clock
 
 
 @pytest.fixture

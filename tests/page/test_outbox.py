@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -51,17 +51,10 @@ from counterproof.page.subscribers import (
     subscribe,
     unsubscribe_token,
 )
+from lab.clock import Clock
 
 HEAD = Letterhead("papers@example.org", "Papers", "https://papers.example.org", "stop@example.org")
 CERTIFICATE = Path(__file__).parent / "data" / "localhost.pem"  # self-signed, with its key; for these tests only
-
-
-class Clock:
-    def __init__(self):
-        self.now = datetime(2026, 11, 23, 8, 30, tzinfo=UTC)
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

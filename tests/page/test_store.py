@@ -4,7 +4,7 @@ import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pytest
 from hypothesis import given, settings
@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 from counterproof.errors import UserError
 from counterproof.page.schema import MIGRATIONS
 from counterproof.page.store import Entry, Store, arxiv_id, combined, title_digest
-
-
-class Clock:
-    def __init__(self):
-        self.now = datetime(2026, 11, 23, 8, 30, tzinfo=UTC)
-
-    def __call__(self):
-        return self.now
+from lab.clock import Clock
 
 
 @pytest.fixture

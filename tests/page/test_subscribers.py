@@ -3,7 +3,7 @@
 import base64
 import json
 import sqlite3
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pytest
 from hypothesis import given, settings
@@ -30,14 +30,7 @@ from counterproof.page.subscribers import (
     unsubscribe,
     unsubscribe_token,
 )
-
-
-class Clock:
-    def __init__(self):
-        self.now = datetime(2026, 11, 23, 8, 30, tzinfo=UTC)
-
-    def __call__(self):
-        return self.now
+from lab.clock import Clock
 
 
 @pytest.fixture
