@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 import counterproof.page
 from counterproof.errors import MissingExtra, UserError, extra
-from counterproof.page.annotated_history import History
+from counterproof.page import History
 from counterproof.page.catalogue import ROOMS, Paper, papers
 from counterproof.page.feed import list_sources
 from counterproof.page.formats import FORMATS, Place, published_at, safe_link
