@@ -44,7 +44,7 @@ def choose_events(
     since: float = -math.inf,
     until: float = math.inf,
 ) -> list[Event]:
-    """Events that meet all conditions, the earliest first.
+    """Events that fulfil all conditions, the earliest first.
 
     Args:
         history: events and edges.
