@@ -498,16 +498,20 @@ def runs_explain(key: str, as_json: bool) -> None:
 @click.option("--current", is_flag=True, help="Only trials of today's code and versions.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A file; default standard output.")
 def runs_export(paper: str | None, current: bool, out: Path | None) -> None:
-    """Write trials as JSON lines, one object per trial."""
+    """Write trials as JSON lines, one object per trial; of a paper also those it shares with another."""
+    from counterproof.bench.comparison import belonging
     from counterproof.bench.journal import Journal
     from counterproof.files import replacing
+    from counterproof.page.catalogue import papers
 
     journal = Journal()
+    known = papers().get(paper or "")
+    also = belonging(known.claims) if known is not None else None
     if out is None:
-        journal.export(sys.stdout, paper, current)
+        journal.export(sys.stdout, paper, current, also)
         return
     with replacing(out) as stream:
-        count = journal.export(stream, paper, current)
+        count = journal.export(stream, paper, current, also)
     click.echo(f"{count} trials in {out}", err=True)
 
 

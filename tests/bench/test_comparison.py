@@ -1,3 +1,4 @@
+import io
 import os
 import re
 import signal
@@ -7,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from counterproof.bench.comparison import compare, from_records, survivors
-from counterproof.bench.journal import Journal
+from counterproof.bench.comparison import belonging, compare, from_records, survivors
+from counterproof.bench.journal import Journal, read_record
 from counterproof.bench.task import Arm, Budget, Claim
 from counterproof.errors import UserError
 from lab.claims import make_claim
@@ -29,6 +30,21 @@ def test_a_clear_effect_settles_at_once_and_is_answered_from_the_journal_afterwa
     assert not first.cached
     assert executions(tmp_path) == ran
     assert again.pairs == first.pairs
+
+
+def test_trials_that_two_papers_share_are_exported_with_both(journal):
+    first = make_claim("gain")
+    second = replace(make_claim("gain", by=2.0), paper="other")
+    for claim in (first, second):
+        list(compare([claim], journal, jobs=2, seeds=(3, 3)))
+    assert {record.paper for record in journal.trials() if record.arm == "none"} == {"lab"}  # they were run once
+    alone, whole = io.StringIO(), io.StringIO()
+    assert journal.export(alone, "other") == 3
+    assert journal.export(whole, "other", also=belonging([second])) == 6
+    records = [read_record(line, "f") for line in whole.getvalue().splitlines()]
+    assert from_records(second, records, "quick").assessment.seeds == 3
+    assert all(belonging([second])(record) for record in records)
+    assert not any(belonging([make_claim("counts")])(record) for record in records if record.arm != "none")
 
 
 def test_the_arms_are_paired(settle):

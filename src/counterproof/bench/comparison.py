@@ -17,7 +17,7 @@ from counterproof.errors import UserError
 if TYPE_CHECKING:
     from counterproof.bench.engine import Engine
 
-__all__ = ["Comparison", "Pair", "Progress", "compare", "from_records", "survivors"]
+__all__ = ["Comparison", "Pair", "Progress", "belonging", "compare", "from_records", "survivors"]
 
 FALSE = 0.05  # rate of false discoveries among the verdicts that are asked together
 ATTEMPTS = 2  # of a trial that a signal from outside has ended
@@ -435,6 +435,17 @@ def from_records(claim: Claim, records: Iterable[Record], budget: str) -> Compar
     return Comparison(
         claim, budget, pairs[0].method.device, tuple(pairs), judge(claim, pairs), stale=tuple(sorted(reasons))
     )
+
+
+def belonging(claims: Iterable[Claim]) -> Callable[[Record], bool]:
+    """Whether a trial is one that these claims rest on, whichever paper it was run for: claims of a task share arms."""
+    known = {
+        _identity(claim, arm, budget)
+        for claim in claims
+        for arm in (claim.baseline, claim.method)
+        for budget in claim.task.budgets
+    }
+    return lambda record: _identity_of(record) in known
 
 
 def _stale(record: Record) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import socket
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from hashlib import blake2b
@@ -224,10 +224,28 @@ class Journal:
 
     # journals of other machines
 
-    def export(self, out: TextIO, paper: str | None = None, current: bool = False) -> int:
-        """Write trials as JSON lines, only those of today's code and versions if asked; returns how many."""
+    def export(
+        self,
+        out: TextIO,
+        paper: str | None = None,
+        current: bool = False,
+        also: Callable[[Record], bool] | None = None,
+    ) -> int:
+        """Write trials as JSON lines, oldest first.
+
+        Args:
+            out: where to.
+            paper: only trials that were run for this one, and those that `also` says; None: all.
+            current: only those of today's code and versions.
+            also: see `counterproof.bench.comparison.belonging`.
+
+        Returns:
+            how many.
+        """
         count = 0
-        for record in self.trials(paper):
+        for record in self.trials(paper if also is None else None):
+            if paper is not None and record.paper != paper and not (also is not None and also(record)):
+                continue
             if current and stale_parts(record.parts):
                 continue
             out.write(json.dumps(record.as_json(), allow_nan=False) + "\n")
