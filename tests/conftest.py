@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # the package `lab`, for the tests and for the trials they start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+pytest_plugins = ["lab.browser"]
 
 
 @pytest.fixture(autouse=True)

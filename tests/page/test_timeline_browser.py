@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from counterproof.page import History
-from page.test_report_browser import axe, browser, violations  # noqa: F401  # fixtures
+from lab.browser import violations
 
 WIDTHS = (360, 768, 1440)
 
@@ -33,30 +33,6 @@ def address(tmp_path_factory):
     out = tmp_path_factory.mktemp("timeline") / "part.html"
     part.to_html(out, samples=10)
     return out.as_uri()
-
-
-@pytest.fixture
-def open_page(browser, address):  # noqa: F811
-    contexts = []
-
-    def open_page(width=1440, scheme="light", details=False, at=address, **options):
-        context = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=scheme, reduced_motion="reduce", **options
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.requests, page.messages = [], []
-        page.on("request", lambda request: page.requests.append(request.url))
-        page.on("console", lambda message: page.messages.append(message.text))
-        page.on("pageerror", lambda error: page.messages.append(str(error)))
-        page.goto(at)
-        if details:
-            page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -119,5 +95,5 @@ def test_nothing_is_asked_of_the_network_and_nothing_is_complained_about(open_pa
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1440])
-def test_axe_finds_nothing(open_page, axe, width, scheme):  # noqa: F811
+def test_axe_finds_nothing(open_page, axe, width, scheme):
     assert violations(open_page(width, scheme, details=True), axe) == []

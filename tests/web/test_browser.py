@@ -24,7 +24,7 @@ from counterproof.page.subscribers import find_subscriber, unsubscribe_token
 from counterproof.page.views import Query, save_view
 from counterproof.web.app import Settings, build
 from counterproof.web.runs import Checks
-from page.test_report_browser import axe, browser, violations  # noqa: F401
+from lab.browser import violations
 from web.conftest import MEASURED, NOW, TOKEN, Plain
 
 SHOTS = Path(__file__).parents[2] / ".ci-artifacts"
@@ -85,7 +85,7 @@ def served(tmp_path_factory, filled):
 
 
 @pytest.fixture
-def open_page(browser, served):  # noqa: F811
+def open_page(browser, served):
     contexts = []
 
     def open_page(path="/", width=1440, height=900, scheme="light", **options):
@@ -130,7 +130,7 @@ def test_every_page_fits_and_is_kept_as_a_picture(open_page, size):
 
 
 @pytest.mark.parametrize(("scheme", "size"), [("light", "wide"), ("dark", "phone")])
-def test_axe_finds_nothing(open_page, axe, scheme, size):  # noqa: F811
+def test_axe_finds_nothing(open_page, axe, scheme, size):
     width, height = SIZES[size]
     page = open_page(width=width, height=height, scheme=scheme, bypass_csp=True)  # axe itself is put in by evaluation
     for name, path in PAGES.items():
