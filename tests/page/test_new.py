@@ -8,7 +8,7 @@ import pytest
 
 from counterproof.errors import UserError
 from counterproof.page import new
-from counterproof.page.catalogue import find_paper, read_card
+from counterproof.page.catalogue import papers, read_card
 from counterproof.page.new import new_paper
 
 
@@ -45,12 +45,14 @@ def test_its_four_files_pass(package, tmp_path):
 
 
 def test_a_planned_card_keeps_its_text_and_begins_to_run(package, monkeypatch):
-    planned = find_paper("group-detr")
-    path = package / "group_detr.md"
+    planned = next((paper for paper in papers().values() if paper.status == "planned"), None)
+    if planned is None:
+        pytest.skip("every paper runs")
+    path = package / planned.path.name
     path.write_text(planned.path.read_text())
     moved = replace(planned, path=path)
-    monkeypatch.setattr(new, "papers", lambda: {"group-detr": moved})
-    new_paper("group-detr", "detection", package)
+    monkeypatch.setattr(new, "papers", lambda: {planned.slug: moved})
+    new_paper(planned.slug, planned.room, package)
     card = read_card(path, "mine.papers")
     assert card.status == "runs"
     assert card.title == planned.title
@@ -58,9 +60,9 @@ def test_a_planned_card_keeps_its_text_and_begins_to_run(package, monkeypatch):
     for heading in ("Idea", "What the paper reports", "Limits", "Sources"):
         assert card.sections[heading] == planned.sections[heading]
     assert card.sections["How it is used here"].startswith(planned.sections["How it is used here"])
-    assert "counterproof check group-detr" in card.sections["How it is used here"]
+    assert f"counterproof check {planned.slug}" in card.sections["How it is used here"]
     with pytest.raises(UserError, match="exists; nothing was written"):
-        new_paper("group-detr", "detection", package)
+        new_paper(planned.slug, planned.room, package)
 
 
 def test_nothing_is_overwritten(package):
