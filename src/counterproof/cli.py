@@ -136,8 +136,14 @@ def papers(room: str | None, as_json: bool) -> None:
 def show(slug: str, history: bool, as_json: bool) -> None:
     """Show a paper: its card, and what was measured of it; or the ideas it rests on."""
     from counterproof.page.catalogue import find_paper
+    from counterproof.page.store import arxiv_id
 
-    paper = find_paper(slug)
+    try:
+        paper = find_paper(slug)
+    except UserError as problem:
+        if arxiv_id(slug) is None:
+            raise
+        raise UserError(f"{problem}; of pulled papers: counterproof feed show {slug}") from None
     if history:
         from counterproof.page import History, roots_json, roots_text
 
@@ -191,7 +197,7 @@ def search(words: tuple[str, ...], room: str | None, limit: int, as_json: bool) 
     elif hits:
         show_table([(hit.paper.slug, hit.paper.room, hit.paper.status, hit.paper.summary) for hit in hits])
     else:
-        click.echo("nothing found", err=True)
+        click.echo("nothing found; pulled papers are searched by: counterproof feed find", err=True)
 
 
 # comparisons

@@ -613,3 +613,15 @@ def test_no_damage_makes_a_reader_fail(data, form):
 )  # fmt: skip
 def test_dates_are_utc(text, date):
     assert plain_date(text) == date
+
+
+def test_what_steers_a_terminal_or_turns_text_around_is_taken_out():
+    record = {
+        "title": "Red \x1b[31m \x9b31m\x85words",
+        "abstract": "\u202eturned \u2066round\u2069",
+        "authors": ["A\x07"],
+    }
+    (item,) = [item for item in read(json.dumps(record).encode(), "json-lines") if isinstance(item, Record)]
+    assert item.entry.title == "Red [31m 31m words"
+    assert item.entry.abstract == "turned round"
+    assert item.entry.authors == ("A",)

@@ -324,6 +324,56 @@ def test_reading_only_makes_nothing(tmp_path):
         reader.add(DETR, source="x")
 
 
+@pytest.fixture
+def sealed(tmp_path):
+    """A disk that cannot be written, with a store on it; makes it, given what is done to the folder before."""
+    mounted = []
+
+    def sealed(prepare):
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "none", disk], capture_output=True).returncode != 0:
+            pytest.skip("a disk can be mounted by root only")
+        mounted.append(disk)
+        prepare(disk)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        return disk
+
+    yield sealed
+    for disk in mounted:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_store_on_a_read_only_disk_is_read(sealed):
+    def prepare(disk):
+        store = Store(disk / "page.sqlite")
+        store.add(DETR, source="arxiv")
+        store.close()
+
+    disk = sealed(prepare)
+    assert [path.name for path in disk.iterdir()] == ["page.sqlite"]
+    store = Store(disk / "page.sqlite", read_only=True)
+    assert store.find("2005.12872").entry.title.startswith("End-to-End")
+    with pytest.raises(UserError, match="cannot be written"):
+        store.add(DETR, source="x")
+    store.close()
+    with pytest.raises(UserError, match="cannot be written"):
+        Store(disk / "page.sqlite")
+
+
+def test_a_log_that_was_not_taken_in_is_never_passed_over(sealed, tmp_path):
+    def prepare(disk):
+        store = Store(tmp_path / "page.sqlite")
+        store.add(DETR, source="arxiv")
+        for name in ("page.sqlite", "page.sqlite-wal"):  # as a machine leaves them that loses its power
+            (disk / name).write_bytes((tmp_path / name).read_bytes())
+        store.close()
+
+    disk = sealed(prepare)
+    with pytest.raises(UserError):
+        Store(disk / "page.sqlite", read_only=True).find("2005.12872")
+
+
 @pytest.mark.parametrize("wrong", [{"title": "  "}, {"arxiv": "12"}, {"doi": "x"}])
 def test_entries_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError):

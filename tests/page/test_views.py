@@ -438,6 +438,18 @@ def test_verbs_say_lists_as_text_json_and_files(run, tmp_path):
     assert "no vector yet" in similar.stderr
 
 
+def test_a_pulled_paper_is_shown_under_any_of_its_names(run):
+    said = run("show", "https://arxiv.org/abs/2611.00002v3")
+    assert said.exit_code == 0, said.output
+    assert said.stdout.splitlines()[0] == "Object detection 2"
+    assert "With transformers." in said.stdout
+    assert "1 vote\n" in said.stdout
+    found = json.loads(run("show", "arxiv:2611.00002", "--json").stdout)
+    assert (found["key"], found["votes"], found["sources"][0]["source"]) == ("arxiv:2611.00002", 1, "x")
+    assert found["aliases"][0] == "arxiv:2611.00002"
+    assert "feed find" in str(run("show", "2611.99999").exception)
+
+
 def test_everything_is_exported(run, tmp_path):
     lines = run("export").stdout.splitlines()
     assert [json.loads(line)["arxiv"] for line in lines] == [f"2611.0000{n}" for n in range(5)]

@@ -3,12 +3,17 @@
 import email
 import email.policy
 import re
+import sys
+import time
 
 import pytest
+from starlette.testclient import TestClient
 
 from counterproof.page.outbox import Folder, Letterhead, send
 from counterproof.page.subscribers import find_subscriber, new_token, unsubscribe_token
-from web.conftest import form_token
+from counterproof.web.app import Settings, build
+from counterproof.web.mailing import Mailing
+from web.conftest import TOKEN, Plain, form_token
 
 LETTERHEAD = Letterhead(sender="papers@example.org", page="https://papers.example")
 
@@ -131,3 +136,54 @@ def test_a_flood_is_stopped(page):
 
 def test_no_form_no_mail(page):
     assert page.web.post("/subscribe", data={"email": "ann@example.org"}).status_code == 403
+
+
+# mail out of the served page
+
+
+def until(true, seconds=30):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def subscribe(web, address="ann@example.org"):
+    form = {"csrf": form_token(web, "/subscribe"), "email": address, "rhythm": "daily", "topics": ""}
+    assert web.post("/subscribe", data=form).status_code == 200
+
+
+def test_the_link_leaves_at_once_where_the_page_sends_mail(own_home, filled):
+    (own_home / "page.sqlite").write_bytes(filled)
+    built = build(Settings(token=TOKEN, send_mail=True), encoder=Plain(), warm=False)
+    web = TestClient(built.app, base_url="http://127.0.0.1", client=("127.0.0.1", 5000))
+    built.mailing.start("https://papers.example")
+    try:
+        time.sleep(0.2)
+        assert not (own_home / "mail").exists()  # nothing waits: nothing is started
+        subscribe(web)
+        until(lambda: list((own_home / "mail").glob("*.eml")))
+        (file,) = (own_home / "mail").glob("*.eml")
+        message = email.message_from_bytes(file.read_bytes(), policy=email.policy.default)
+        found = re.search(r"https://papers\.example(/confirm/\S+)", message.get_body(("plain",)).get_content())
+        assert "You will get the digest" in web.post(found[1]).text
+    finally:
+        built.mailing.close()
+        built.site.close()
+
+
+def test_a_sender_that_fails_is_a_line_in_the_log_and_is_tried_again(make, caplog):
+    page = make()
+    fails = "import sys, pathlib; print('no mail server', file=sys.stderr); sys.exit(2)"
+    mailing = Mailing(page.site, command=(sys.executable, "-c", fails), every=0.1)
+    subscribe(page.web)
+    tries = []
+    say = mailing._say
+    mailing._say = lambda problem: (tries.append(problem), say(problem))
+    mailing.start("https://papers.example")
+    try:
+        until(lambda: len(tries) > 2)
+    finally:
+        mailing.close()
+    assert set(tries) == {"no mail server"}
+    assert [record.getMessage() for record in caplog.records] == ["mail waits: no mail server"]

@@ -55,6 +55,7 @@ __all__ = [
     "Sent",
     "Smtp",
     "Unreachable",
+    "due",
     "letter",
     "message_id",
     "read_bounce",
@@ -561,9 +562,9 @@ def send(
         store.db.execute("PRAGMA synchronous = FULL")
         try:
             _recover(store, carrier, retry_unsure, done)
-            due = _due(store)
-            if due:
-                _send_all(store, carrier, letterhead, due, done, watch)
+            numbers = due(store)
+            if numbers:
+                _send_all(store, carrier, letterhead, numbers, done, watch)
         finally:
             store.db.execute("PRAGMA synchronous = NORMAL")
             done.unsure = store.db.execute("SELECT count(*) FROM outbox WHERE state = 'unsure'").fetchone()[0]
@@ -587,7 +588,8 @@ def _recover(store: Store, carrier: Carrier, retry_unsure: bool, done: Sent) -> 
             )
 
 
-def _due(store: Store) -> list[int]:
+def due(store: Store) -> list[int]:
+    """Rows of the outbox that may be sent now, the oldest first."""
     now = store.now()
     # A time further ahead than any pause was set by a clock that was put back since.
     beyond = stamp(store.clock() + LONGEST_PAUSE)
@@ -603,17 +605,17 @@ def _send_all(
     store: Store,
     carrier: Carrier,
     letterhead: Letterhead,
-    due: list[int],
+    numbers: list[int],
     done: Sent,
     watch: Callable[[int, int], None] | None,
 ) -> None:
     number, broken = 0, 0
-    while number < len(due):
+    while number < len(numbers):
         try:
             with carrier:
-                while number < len(due):
+                while number < len(numbers):
                     try:
-                        _send_one(store, carrier, letterhead, due[number], done)
+                        _send_one(store, carrier, letterhead, numbers[number], done)
                     except Lost:
                         number += 1
                         broken += 1
@@ -621,7 +623,7 @@ def _send_all(
                     number += 1
                     broken = 0
                     if watch is not None:
-                        watch(number, len(due))
+                        watch(number, len(numbers))
         except Unreachable as problem:
             if not number:
                 raise

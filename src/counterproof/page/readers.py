@@ -297,13 +297,13 @@ def decoded(data: bytes, charset: str | None) -> tuple[str, str | None]:
     return data.decode("cp1252", "replace"), f"{claim} (byte {first}); read as Windows-1252"
 
 
-CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 WEB = re.compile(r"https?://[^\s<>\"]+\Z", re.IGNORECASE)
 DOI = re.compile(r"\b10\.\d{4,9}/[^\s\"<>{}]+")
 
 
 def clean(text: str) -> str:
-    """Without control characters and half surrogates, which neither SQLite nor XML can hold."""
+    """Without half surrogates, which neither SQLite nor XML can hold, and what steers terminals or turns text round."""
     return text if text.isascii() and text.isprintable() else CONTROLS.sub("", text)
 
 

@@ -12,6 +12,7 @@ their titles say.
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -187,6 +188,11 @@ class Listed:
         """The key as a path of an address: ``arxiv/2207.13085``, ``arxiv/math/0309136``, ``slug/group-detr``."""
         return self.key.replace(":", "/", 1)
 
+    def as_json(self) -> dict[str, Any]:
+        """JSON values: the fields above, the entry's beside them."""
+        said: dict[str, Any] = json.loads(self.entry.to_json())
+        return {"key": self.key, "path": f"/paper/{self.path}", "day": self.day, "changed": self.changed, **said}
+
 
 Outcome = Literal["new", "changed", "same"]
 
@@ -229,7 +235,7 @@ class Store:
         elif not self.path.exists():
             raise UserError(f"{self.path} does not exist; import something first: counterproof feed import FILE")
         with self.clear_errors():
-            mode = "ro" if read_only else "rwc"
+            mode = "rwc" if not read_only else "ro&immutable=1" if self._unchanging() else "ro"
             self.db = sqlite3.connect(
                 f"{self.path.resolve().as_uri()}?mode={mode}",
                 uri=True,
@@ -239,6 +245,15 @@ class Store:
             )
             self.db.row_factory = sqlite3.Row
             self._prepare(read_only)
+
+    def _unchanging(self) -> bool:
+        """Whether the file lies where nobody can write: SQLite reads a WAL file there only when told so.
+
+        A log that was not taken in would be passed over then, so that is left to SQLite's own error.
+        """
+        log = self.path.with_name(self.path.name + "-wal")
+        logged = log.exists() and log.stat().st_size > 0
+        return not logged and bool(os.statvfs(self.path).f_flag & os.ST_RDONLY)
 
     def _prepare(self, read_only: bool) -> None:
         self.db.execute("BEGIN")

@@ -1,8 +1,9 @@
-"""counterproof feed trending, view, find, similar, embed, export: lists of papers, in the terminal and as files."""
+"""counterproof feed trending, view, find, similar, show, embed, export: papers in the terminal and as files."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, TypeVar
 
 import click
@@ -100,6 +101,53 @@ def find(words: tuple[str, ...], **options: Any) -> None:
 def similar(paper: str, **options: Any) -> None:
     """Papers like one, and the methods that run here nearest to it. PAPER is any of its names."""
     show("similar", at=paper, **options)
+
+
+@click.command("show")
+@click.argument("paper")
+@as_json
+def show_paper(paper: str, as_json: bool) -> None:
+    """Show a paper that was pulled: what its sources say of it, and the methods that run here nearest to it.
+
+    PAPER is any of its names: an arXiv id, a DOI, a key as the lists have it.
+    """
+    from counterproof.page.finding import Finder
+    from counterproof.page.store import Store
+    from counterproof.page.vectors import Encoder
+
+    store = Store(read_only=True)
+    found = store.find(paper)
+    if found is None:
+        raise UserError(f"no paper {paper[:100]!r} here; counterproof feed find WORDS looks for one")
+    relatives = Finder(store, shape=Encoder()).relatives(found)
+    votes = store.votes(found.id)
+    sources = list(dict.fromkeys((source, fetched) for source, fetched, _, _ in store.records(found.id)))
+    if as_json:
+        near = [{"slug": r.card.slug, "similarity": r.similarity, "shared": list(r.shared)} for r in relatives]
+        said = {
+            **found.as_json(),
+            "aliases": store.aliases(found.id),
+            "votes": votes,
+            "sources": [{"source": source, "fetched": fetched} for source, fetched in sources],
+            "relatives": near,
+        }
+        click.echo(json.dumps(said, ensure_ascii=False))
+        return
+    entry = found.entry
+    subjects = f"{', '.join(entry.categories)}. " if entry.categories else ""
+    lines = [
+        entry.title,
+        ", ".join(entry.authors),
+        f"{found.key}, {found.day}. {subjects}{entry.venue}".rstrip(),
+        *(f"{name}: {address}" for name, address in entry.links.items()),
+        "",
+        *([*wrap(entry.abstract, 100), ""] if entry.abstract else ["no abstract", ""]),
+        f"{votes} vote{'s' * (votes != 1)}" + "".join(f", {value:g} {name}" for name, value in entry.signals.items()),
+        f"from {', '.join(f'{source} ({fetched[:10]})' for source, fetched in sources)}",
+        *(f"runs here: {relative.card.slug} ({relative.reason})" for relative in relatives),
+        *([f"its card: counterproof show {entry.slug}"] if entry.slug else []),
+    ]
+    click.echo("\n".join(line for number, line in enumerate(lines) if line or number > 1))
 
 
 def show(
@@ -237,4 +285,4 @@ def export(form: str, out: Path | None, as_json: bool) -> None:
         click.echo(f"{number} {what}", err=True)
 
 
-COMMANDS: tuple[click.Command, ...] = (trending, view, find, similar, embed, export)
+COMMANDS: tuple[click.Command, ...] = (trending, view, find, similar, show_paper, embed, export)

@@ -225,10 +225,7 @@ class Item:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "key": self.paper.key,
-            "day": self.paper.day,
-            "changed": self.paper.changed,
-            **json.loads(self.paper.entry.to_json()),
+            **self.paper.as_json(),
             "place": self.place,
             "score": self.score,
             "parts": dict(self.parts),

@@ -16,7 +16,7 @@ from counterproof.page.views import Page, Query, saved_view, saved_views
 from counterproof.web.pages import Pages, limit_of, query_of
 from counterproof.web.runs import Busy
 from counterproof.web.security import Refused
-from counterproof.web.site import Closed, Site, claims_json, paper_json, show_json
+from counterproof.web.site import Closed, Site, claims_json, show_json
 
 with extra("page"):
     from starlette.concurrency import run_in_threadpool
@@ -188,7 +188,7 @@ def found_json(site: Site, query: Query, *, limit: int = 50, cursor: str | None 
         page: Page = reader.views.page(query, limit=limit, cursor=cursor)
         items = [
             {
-                **paper_json(item.paper),
+                **item.paper.as_json(),
                 "votes": reader.store.votes(item.paper.id),
                 "place": item.place,
                 "score": item.score,

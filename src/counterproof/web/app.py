@@ -17,6 +17,7 @@ from counterproof.errors import MissingExtra, UserError, extra
 from counterproof.page.store import utc_now
 from counterproof.page.vectors import Encodes
 from counterproof.web.api import Interface, failure
+from counterproof.web.mailing import Mailing
 from counterproof.web.pages import Pages
 from counterproof.web.runs import Checks
 from counterproof.web.security import Bucket, Guard, Refused, Shield, host_name
@@ -50,6 +51,7 @@ class Settings:
         user_header: in which a reverse proxy on this machine names its user.
         allow_runs: whether checks are started from the page.
         jobs: trials at a time of such a check.
+        send_mail: whether the outbox is emptied from here.
         reads, writes: requests a second of a client; of what changes something.
     """
 
@@ -62,6 +64,7 @@ class Settings:
     user_header: str | None = None
     allow_runs: bool = False
     jobs: int | None = None
+    send_mail: bool = False
     reads: float = 10.0
     writes: float = 1.0
 
@@ -96,6 +99,7 @@ class Application:
     site: Site
     pages: Pages
     checks: Checks | None
+    mailing: Mailing | None
 
 
 def build(
@@ -104,6 +108,7 @@ def build(
     clock: Callable[[], datetime] = utc_now,
     encoder: Encodes | None = None,
     checks: Checks | None = None,
+    mailing: Mailing | None = None,
     warm: bool = True,
 ) -> Application:
     """The application for these settings.
@@ -112,14 +117,15 @@ def build(
         settings: see there.
         clock: gives the present.
         encoder: makes queries' vectors; default MiniLM in a process of its own.
-        checks: over the settings' own.
+        checks, mailing: over the settings' own.
         warm: whether to read at the start, in a thread, what takes seconds.
     """
     site = Site(settings.path, clock=clock, encoder=encoder)
     secure = (settings.page or "").startswith("https://")
     guard = Guard(settings.token, user_header=settings.user_header, secure=secure)
     checks = checks or (Checks(jobs=settings.jobs, clock=clock) if settings.allow_runs else None)
-    pages = Pages(site, guard, checks, base=settings.page, version=version("counterproof"))
+    mailing = mailing or (Mailing(site) if settings.send_mail else None)
+    pages = Pages(site, guard, checks, mailing, base=settings.page, version=version("counterproof"))
     interface = Interface(pages)
 
     def answer(request: Request, wrong: Exception) -> Response:
@@ -153,6 +159,8 @@ def build(
         finally:
             if checks is not None:
                 checks.close()
+            if mailing is not None:
+                mailing.close()
             site.close()
 
     kinds: dict[Any, Any] = dict.fromkeys((HTTPException, Refused, UserError, MissingExtra), answer)
@@ -167,15 +175,15 @@ def build(
         proxied=settings.user_header is not None or settings.page is not None,
         origin=settings.page,
     )
-    return Application(shield, site, pages, checks)
+    return Application(shield, site, pages, checks, mailing)
 
 
-def serve(settings: Settings, *, ready: Callable[[int], None] | None = None) -> None:
+def serve(settings: Settings, *, ready: Callable[[str], None] | None = None) -> None:
     """Serve until interrupted.
 
     Args:
         settings: how.
-        ready: called with the port once requests are taken.
+        ready: called with the page's address once requests are taken.
 
     Raises:
         UserError: the port is taken or may not be used.
@@ -211,8 +219,14 @@ def serve(settings: Settings, *, ready: Callable[[int], None] | None = None) -> 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            if ready is not None and self.started:
-                ready(listening.getsockname()[1])
+            if not self.started:
+                return
+            shown = f"[{settings.host.strip('[]')}]" if ":" in settings.host else settings.host
+            page = settings.page or f"http://{shown}:{listening.getsockname()[1]}"
+            if application.mailing is not None:
+                application.mailing.start(page)
+            if ready is not None:
+                ready(page)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             application.pages.closing = True  # who follows a check is let go

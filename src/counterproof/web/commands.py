@@ -33,6 +33,11 @@ def commands() -> None:
 @click.option("--allow-runs", is_flag=True, help="Let who is signed in start and stop checks.")
 @click.option("--jobs", type=click.IntRange(1), help="Trials at a time of such a check; default one per core.")
 @click.option(
+    "--send-mail",
+    is_flag=True,
+    help="Send the mails that wait, with the environment's settings of: counterproof feed send.",
+)
+@click.option(
     "--rate", default=10.0, show_default=True, type=click.FloatRange(0.1), help="Requests a second of a client."
 )
 def serve(
@@ -44,12 +49,13 @@ def serve(
     user_header: str | None,
     allow_runs: bool,
     jobs: int | None,
+    send_mail: bool,
     rate: float,
 ) -> None:
     """Serve the page: lists, search, papers, feeds, and a JSON interface.
 
     Whoever has the token may vote, save views and, with --allow-runs, start checks; everybody may read. Mails with
-    confirmation links are sent by: counterproof feed send
+    confirmation links leave with --send-mail, or by: counterproof feed send
     """
     from counterproof.web.app import Settings, serve
     from counterproof.web.security import read_token
@@ -64,12 +70,12 @@ def serve(
         user_header=user_header,
         allow_runs=allow_runs,
         jobs=jobs,
+        send_mail=send_mail,
         reads=rate,
     )
 
-    def ready(port: int) -> None:
-        shown = f"[{host}]" if ":" in host else host
-        click.echo(f"the page is at {settings.page or f'http://{shown}:{port}'}; Ctrl-C ends it", err=True)
+    def ready(page: str) -> None:
+        click.echo(f"the page is at {page}; Ctrl-C ends it", err=True)
         if new:
             click.echo(f"the operator's token, shown this once: {token}", err=True)
 

@@ -28,6 +28,7 @@ from counterproof.page.store import Listed, arxiv_id
 from counterproof.page.subscribers import ASKED, TooMany, check, confirm, subscribe, unsubscribe
 from counterproof.page.typeset import VERDICTS, capital, number, seconds
 from counterproof.page.views import Page, Query, forget_view, present, save_view, saved_view, saved_views
+from counterproof.web.mailing import Mailing
 from counterproof.web.runs import Busy, Checks
 from counterproof.web.security import Guard, Refused
 from counterproof.web.site import Closed, Reader, Site, card_of, show_json
@@ -191,12 +192,22 @@ class Pages:
         site: papers and what was measured.
         guard: who may change something.
         checks: started from the page; None: the operator does not allow it.
+        mailing: sends what waits; None: another program does.
         base: the site's address as its readers see it; None: as they ask for it.
         version: of Counterproof.
     """
 
-    def __init__(self, site: Site, guard: Guard, checks: Checks | None, *, base: str | None, version: str) -> None:
-        self.site, self.guard, self.checks = site, guard, checks
+    def __init__(
+        self,
+        site: Site,
+        guard: Guard,
+        checks: Checks | None,
+        mailing: Mailing | None = None,
+        *,
+        base: str | None,
+        version: str,
+    ) -> None:
+        self.site, self.guard, self.checks, self.mailing = site, guard, checks, mailing
         self.base, self.version = base, version
         self.assets = Assets()
         self.closing = False
@@ -746,6 +757,8 @@ class Pages:
                 raise
             except UserError as wrong:
                 return self.subscribe_page(request, capital(str(wrong)), form)
+            if self.mailing is not None:
+                self.mailing.wake()
             return self.say(request, 200, "Look into your mail", ASKED)
 
         return await run_in_threadpool(do)

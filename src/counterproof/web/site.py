@@ -4,7 +4,6 @@ Several requests read at once, each with a connection of its own; one writes. Th
 process of its own, which is started by the first query, once any paper has a vector.
 """
 
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -386,12 +385,6 @@ def card_of(paper: Listed) -> Paper | None:
     return papers().get(paper.entry.slug) if paper.entry.slug else None
 
 
-def paper_json(paper: Listed) -> dict[str, Any]:
-    """A paper as the lists have it."""
-    said: dict[str, Any] = json.loads(paper.entry.to_json())
-    return {"key": paper.key, "path": f"/paper/{paper.path}", "day": paper.day, "changed": paper.changed, **said}
-
-
 def claims_json(site: Site, paper: Paper) -> list[dict[str, Any]]:
     """Every claim of a card with all that was measured of it."""
     found = site.measured.of(paper)
@@ -423,7 +416,7 @@ def show_json(site: Site, reader: Reader, paper: Listed) -> dict[str, Any]:
     card = card_of(paper)
     similar, relatives, by = site.near(reader, paper)
     return {
-        **paper_json(paper),
+        **paper.as_json(),
         "aliases": reader.store.aliases(paper.id),
         "votes": reader.store.votes(paper.id),
         "sources": [{"source": source, "fetched": fetched} for source, fetched, _, _ in reader.store.records(paper.id)],
