@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 from datetime import datetime, timedelta
-from pathlib import Path
 
 import pytest
+import trustme
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from click.testing import CliRunner
@@ -54,7 +54,6 @@ from counterproof.page.subscribers import (
 from lab.clock import Clock
 
 HEAD = Letterhead("papers@example.org", "Papers", "https://papers.example.org", "stop@example.org")
-CERTIFICATE = Path(__file__).parent / "data" / "localhost.pem"  # self-signed, with its key; for these tests only
 
 
 @pytest.fixture
@@ -603,10 +602,19 @@ def test_a_password_comes_from_the_environment_or_a_file_of_one_line(monkeypatch
 # encryption and login
 
 
-def test_starttls_login_and_certificates(store, handler):
+@pytest.fixture(scope="module")
+def certified():
+    """What a server for this machine shows, and what a client needs to believe it."""
+    authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(CERTIFICATE)
-    believes = ssl.create_default_context(cafile=CERTIFICATE)
+    authority.issue_cert("127.0.0.1", "localhost").configure_cert(context)
+    believes = ssl.create_default_context()
+    authority.configure_trust(believes)
+    return context, believes
+
+
+def test_starttls_login_and_certificates(store, handler, certified):
+    context, believes = certified
 
     def login(server, session, envelope, mechanism, data):
         return AuthResult(success=(data.login, data.password) == (b"me", b"pass word"), handled=False)
@@ -630,14 +638,12 @@ def test_starttls_login_and_certificates(store, handler):
     assert "pass word" not in repr(server(password="pass word"))
 
 
-def test_tls_from_the_first_byte_and_a_server_without_starttls(store, handler):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(CERTIFICATE)
+def test_tls_from_the_first_byte_and_a_server_without_starttls(store, handler, certified):
+    context, believes = certified
     queue(store, person(store))
     with serving(handler) as plain_port, pytest.raises(Unreachable, match="STARTTLS"):
         send(store, Smtp("127.0.0.1", plain_port, timeout=5), HEAD)
     assert handler.got == []
-    believes = ssl.create_default_context(cafile=CERTIFICATE)
     with serving(handler, ssl_context=context) as port:
         assert send(store, Smtp("127.0.0.1", port, "tls", timeout=5, context=believes), HEAD).sent == 1
 
