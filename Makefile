@@ -25,7 +25,7 @@ lint: env
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The project's own measurements: run every claim, keep its trials under results/, renew the README's table.
 results: env
