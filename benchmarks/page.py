@@ -31,7 +31,7 @@ from numpy.typing import NDArray  # noqa: E402
 from counterproof.page.store import Entry, Store  # noqa: E402
 
 VOCABULARY, SUBJECTS, OWN = 60_000, 200, 150
-BEGIN = datetime(2016, 1, 1, tzinfo=UTC)
+END = datetime(2026, 9, 5, tzinfo=UTC)
 DAYS = 3900
 
 
@@ -41,9 +41,11 @@ class Corpus:
     Args:
         number: of papers.
         seed: of everything drawn.
+        end: the last paper's day.
     """
 
-    def __init__(self, number: int, seed: int = 0) -> None:
+    def __init__(self, number: int, seed: int = 0, end: datetime = END) -> None:
+        self.end = end
         rng = np.random.default_rng(seed)
         syllables = np.array([a + b for a in "bcdfghklmnprstvz" for b in "aeiou"])
         lengths = 2 + (np.arange(VOCABULARY) > 800) + (np.arange(VOCABULARY) > 20_000)
@@ -72,7 +74,7 @@ class Corpus:
                 subject = int(rng.integers(SUBJECTS))
                 title, abstract = 5 + int(rng.integers(9)), 90 + int(rng.integers(140))
                 words = self.drawn(rng, subject, title + abstract)
-                day = BEGIN + timedelta(days=paper * DAYS / self.number)
+                day = self.end - timedelta(days=(self.number - paper) * DAYS / self.number)
                 yield Entry(
                     title=" ".join(words[:title]).capitalize(),
                     abstract=" ".join(words[title:]),
@@ -105,9 +107,10 @@ class Corpus:
 class Given:
     """An encoder that has its answer already, so that what is timed is the search."""
 
-    model, length, dimension = "given", 512, 384
+    length, dimension = 512, 384
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "given") -> None:
+        self.model = model
         self.answer = np.zeros((1, self.dimension), dtype=np.float32)
 
     def encode(self, texts: Sequence[str], timeout: float | None = None) -> NDArray[np.float32]:
@@ -116,7 +119,7 @@ class Given:
 
 def filled(path: Path, corpus: Corpus) -> float:
     """Make a store of the corpus; records a second."""
-    store = Store(path, clock=lambda: BEGIN + timedelta(days=DAYS))
+    store = Store(path, clock=lambda: corpus.end)
     taken = 0.0
     entries = corpus.entries()
     while some := [(entry, None) for entry in itertools.islice(entries, 20_000)]:
@@ -131,7 +134,7 @@ def filled(path: Path, corpus: Corpus) -> float:
     return corpus.number / taken
 
 
-def add_vectors(path: Path, corpus: Corpus) -> list[NDArray[np.float32]]:
+def add_vectors(path: Path, corpus: Corpus, model: str = "given") -> list[NDArray[np.float32]]:
     """Clustered vectors for every paper, as `embed` would have kept them, and a few queries."""
     from counterproof.page.vectors import Vectors
 
@@ -149,9 +152,9 @@ def add_vectors(path: Path, corpus: Corpus) -> list[NDArray[np.float32]]:
         with store.transaction():
             store.db.executemany(
                 "INSERT INTO embeddings (paper, model, length, dimension, content, vector) VALUES (?, ?, ?, ?, '', ?)",
-                [(n, Given.model, Given.length, Given.dimension, row.tobytes()) for n, row in zip(ids, made)],
+                [(n, model, Given.length, Given.dimension, row.tobytes()) for n, row in zip(ids, made)],
             )
-    Vectors(store, Given()).write()
+    Vectors(store, Given(model)).write()
     store.close()
     return list(near(rng.integers(SUBJECTS, size=64)))
 
@@ -194,7 +197,7 @@ def searches(path: Path, corpus: Corpus, number: int, vectors: Sequence[NDArray[
     from counterproof.page.views import Query, Views
 
     size = f"{corpus.number:,} papers"
-    store = Store(path, clock=lambda: BEGIN + timedelta(days=DAYS), read_only=True)
+    store = Store(path, clock=lambda: corpus.end, read_only=True)
     given = Given()
     base = peak()
     began = time.process_time()
