@@ -330,7 +330,8 @@ class _Run:
                 for item in batch:
                     if isinstance(item, Record):
                         word = self.word or item.source or form or item.form
-                        entry = item.entry if self.trusted else replace(item.entry, slug=None)
+                        own = self.trusted or item.entry.slug is None
+                        entry = item.entry if own else replace(item.entry, slug=None)
                         added = self.store.add(entry, source=word, form=item.form, raw=item.raw, day=day or item.day)
                         counts[added.outcome] += 1
                 self._write(counts, left, state if last else None)

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from counterproof.page.store import COMPACT, ENTRY_FIELDS, Entry, Listed, Store
+from counterproof.page.store import ENTRY_FIELDS, Entry, Listed, Store, compact
 
 __all__ = ["FORMATS", "Format", "Place", "atom", "bibtex", "cite_key", "dump", "json_feed", "json_lines", "ris"]
 
@@ -334,7 +334,7 @@ def _family_first(name: str) -> str:
 
 def _object(entry: Entry, **more: str | None) -> str:
     said = {name: getattr(entry, name) for name in ENTRY_FIELDS if getattr(entry, name)}
-    return json.dumps({name: value for name, value in more.items() if value} | said, **COMPACT) + "\n"
+    return compact({name: value for name, value in more.items() if value} | said) + "\n"
 
 
 def json_lines(papers: Iterable[Listed]) -> str:

@@ -299,6 +299,8 @@ def decoded(data: bytes, charset: str | None) -> tuple[str, str | None]:
 
 CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 WEB = re.compile(r"https?://[^\s<>\"]+\Z", re.IGNORECASE)
+YEAR = re.compile(r"(?:1[5-9]|2[01])\d\d")
+DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 DOI = re.compile(r"\b10\.\d{4,9}/[^\s\"<>{}]+")
 
 
@@ -318,10 +320,10 @@ def plain_date(text: str) -> str | None:
     text = text.strip()
     if not text:
         return None
-    if re.fullmatch(r"(?:1[5-9]|2[01])\d\d", text):
+    if YEAR.fullmatch(text):
         return text
     try:
-        if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text):
+        if DAY.fullmatch(text):
             return date.fromisoformat(text).isoformat()
         moment = datetime.fromisoformat(text)
         aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)

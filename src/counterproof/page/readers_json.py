@@ -22,7 +22,7 @@ from counterproof.page.readers import (
     entry_of,
     plain_date,
 )
-from counterproof.page.store import COMPACT, Entry, arxiv_id
+from counterproof.page.store import Entry, arxiv_id, compact
 
 __all__ = ["READERS", "form_of", "split_lines"]
 
@@ -124,7 +124,7 @@ def _split_document(data: bytes, charset: str | None) -> Pieces:
         elif not isinstance(item, dict):
             yield Skipped(where, f"is no object but {json.dumps(item)[:60]}")
         else:
-            yield _piece(where, json.dumps(item, **COMPACT).encode("utf-8", "surrogatepass"), item, _kind(item))
+            yield _piece(where, compact(item).encode("utf-8", "surrogatepass"), item, _kind(item))
 
 
 def _piece(where: str, raw: bytes, item: dict[str, Any], form: str) -> Piece:

@@ -47,7 +47,11 @@ def stamp(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-COMPACT: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":")}
+compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # JSON on one line
+ADDRESS = re.compile(r"arxiv\.org/(?:abs|pdf|html|e-print)/([^?#\s]+)", re.IGNORECASE)
+PREFIX = re.compile(r"^(?:oai:arxiv\.org:|10\.48550/arxiv\.)", re.IGNORECASE)
+SUBJECT_CLASS = re.compile(r"\.[a-z]{2}/")
+NO_WORD = re.compile(r"[\W_]+")
 ARXIV = re.compile(r"(?:arxiv:)?(?P<id>\d{4}\.\d{4,5}|[a-z][a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v\d+)?", re.IGNORECASE)
 
 
@@ -58,14 +62,13 @@ def arxiv_id(text: str) -> str | None:
         >>> arxiv_id("https://arxiv.org/abs/2207.13085v3"), arxiv_id("math.GT/0309136v1"), arxiv_id("10.1000/182")
         ('2207.13085', 'math/0309136', None)
     """
-    address = re.search(r"arxiv\.org/(?:abs|pdf|html|e-print)/([^?#\s]+)", text, re.IGNORECASE)
+    address = ADDRESS.search(text)
     bare = address[1].removesuffix(".pdf") if address else text.strip()
-    bare = re.sub(r"^(?:oai:arxiv\.org:|10\.48550/arxiv\.)", "", bare, flags=re.IGNORECASE)
-    found = ARXIV.fullmatch(bare)
+    found = ARXIV.fullmatch(PREFIX.sub("", bare))
     if found is None:
         return None
     # An old id's subject class is no part of it: math.GT/0309136 is math/0309136.
-    return re.sub(r"\.[a-z]{2}/", "/", found["id"].lower())
+    return SUBJECT_CLASS.sub("/", found["id"].lower())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +137,12 @@ class Entry:
 
     def to_json(self) -> str:
         """One line, the fields that say something, in a fixed order."""
-        return json.dumps({name: getattr(self, name) for name in ENTRY_FIELDS if getattr(self, name)}, **COMPACT)
+        return compact({name: value for name in ENTRY_FIELDS if (value := getattr(self, name))})
 
     def rest(self) -> str:
         """`to_json` without title and abstract, which have columns of their own."""
         names = (name for name in ENTRY_FIELDS if name not in ("title", "abstract"))
-        return json.dumps({name: getattr(self, name) for name in names if getattr(self, name)}, **COMPACT)
+        return compact({name: value for name in names if (value := getattr(self, name))})
 
     @classmethod
     def from_json(cls, text: str, **more: str) -> "Entry":
@@ -157,7 +160,7 @@ def title_digest(title: str, authors: Sequence[str], published: str | None) -> s
     """Sixteen hexadecimal digits for normalised title, first author's last word, and year."""
 
     def plain(text: str) -> str:
-        return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKD", text.casefold()))
+        return NO_WORD.sub("", unicodedata.normalize("NFKD", text.casefold()))
 
     first = authors[0] if authors else ""
     family = first.split(",")[0] if "," in first else (first.split() or [""])[-1]
