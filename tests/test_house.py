@@ -17,7 +17,7 @@ MODULES = sorted(
     ".".join(("counterproof", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
     for path in SOURCE.rglob("*.py")
 )
-GROUND = {"errors", "exports", "files"}
+GROUND = {"database", "errors", "exports", "files"}
 # What each floor may import of the others, lowest first.
 BELOW = {
     "assign": set(),

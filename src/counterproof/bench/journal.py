@@ -6,13 +6,12 @@ instead of computing it too; the lease of a driver that died is free again.
 
 import json
 import os
-import shutil
 import socket
 import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, Literal, TextIO, get_args, get_origin
 import psutil
 
 from counterproof.bench.trials import Outcome, Record, canonical, key_of, stale_parts
+from counterproof.database import clear_errors, look, make_folder, whole
 from counterproof.errors import UserError
 
 __all__ = ["Journal", "home"]
@@ -73,39 +73,18 @@ class Journal:
         self._host = socket.gethostname()
         self._born = psutil.Process().create_time()
         self._owner = uuid.uuid4().hex
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise UserError(
-                f"cannot make the folder {self.path.parent} ({problem.strerror}); "
-                "set COUNTERPROOF_HOME to one that can be written"
-            ) from None
+        make_folder(self.path)
         with self._clear_errors():
             self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             self._db.row_factory = sqlite3.Row
             self._prepare()
 
     def _prepare(self) -> None:
-        # One look, in one transaction: another process may be making the file at this moment.
-        self._db.execute("BEGIN")
-        application = self._db.execute("PRAGMA application_id").fetchone()[0]
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        self._db.execute("COMMIT")
-        if application not in (0, APPLICATION) or (application == 0 and tables):
-            raise UserError(
-                f"{self.path} is an SQLite file of another program, not a journal; nothing was changed. "
-                "Move it away, or set COUNTERPROOF_HOME to another folder"
-            )
-        if version > VERSION:
-            raise UserError(
-                f"{self.path} was written by a newer Counterproof (journal version {version}, this one reads "
-                f"{VERSION}); nothing was changed. Upgrade: pip install -U counterproof"
-            )
+        _, empty = look(self._db, self.path, application=APPLICATION, newest=VERSION, name="journal")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
-        if tables == 0:
-            with self._transaction():
+        if empty:
+            with whole(self._db):
                 if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
                     for statement in SCHEMA.split(";")[:-1]:
                         self._db.execute(statement)
@@ -115,43 +94,19 @@ class Journal:
     def close(self) -> None:
         self._db.close()
 
-    @contextmanager
-    def _clear_errors(self) -> Iterator[None]:
-        """Say what a database error means for the user."""
-        try:
-            yield
-        except sqlite3.Error as problem:
-            text = str(problem)
-            # Write-ahead logging on a full disk fails as an I/O error, not as a full disk.
-            if "full" in text or ("I/O" in text and shutil.disk_usage(self.path.parent).free < 1 << 20):
-                meaning = "the disk is full; free some space and repeat the command: finished trials are kept"
-            elif "readonly" in text or "unable to open" in text:
-                meaning = "it cannot be written; set COUNTERPROOF_HOME to a folder that can"
-            elif "not a database" in text or "malformed" in text:
-                meaning = (
-                    "it is damaged or not a journal; nothing was changed. Move it away and start anew, "
-                    "or bring trials back with 'counterproof runs import'"
-                )
-            else:
-                meaning = "the database refused"
-            raise UserError(f"{self.path}: {meaning} ({text})") from None
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+    def _clear_errors(self) -> AbstractContextManager[None]:
+        return clear_errors(
+            self.path,
+            kept="finished trials are kept",
+            damaged="not a journal; nothing was changed. Move it away and start anew, or bring trials back with "
+            "'counterproof runs import'",
+        )
 
     # trials
 
     def record(self, record: Record) -> None:
         """Keep a finished trial and give back its lease, in one transaction."""
-        with self._clear_errors(), self._transaction():
+        with self._clear_errors(), whole(self._db):
             self._insert(record)
             self._db.execute("DELETE FROM leases WHERE key = ? AND owner = ?", (record.key, self._owner))
 
@@ -219,7 +174,7 @@ class Journal:
 
     def remove(self, uids: Sequence[str]) -> None:
         """Forget executions."""
-        with self._clear_errors(), self._transaction():
+        with self._clear_errors(), whole(self._db):
             self._db.executemany("DELETE FROM trials WHERE uid = ?", [(uid,) for uid in uids])
 
     # journals of other machines
@@ -266,7 +221,7 @@ class Journal:
             UserError: a line that is not a trial, by number, with what was expected.
         """
         new = known = 0
-        with self._clear_errors(), self._transaction():
+        with self._clear_errors(), whole(self._db):
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     if self._insert(read_record(line, f"{name}:{number}")):
@@ -280,7 +235,7 @@ class Journal:
     def lease(self, key: str) -> bool:
         """Reserve a key for this driver; False while another driver that is alive has it."""
         now = time.time()
-        with self._clear_errors(), self._transaction():
+        with self._clear_errors(), whole(self._db):
             row = self._db.execute("SELECT * FROM leases WHERE key = ?", (key,)).fetchone()
             if row is not None and row["owner"] != self._owner and self._alive(row, now):
                 return False
@@ -305,7 +260,7 @@ class Journal:
 
     def release(self, keys: Sequence[str] | None = None) -> None:
         """Give back leases without a result, by default all that this journal holds."""
-        with self._clear_errors(), self._transaction():
+        with self._clear_errors(), whole(self._db):
             if keys is None:
                 self._db.execute("DELETE FROM leases WHERE owner = ?", (self._owner,))
             else:

@@ -14,18 +14,18 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sqlite3
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from counterproof.bench.journal import home
+from counterproof.database import clear_errors, look, make_folder, whole
 from counterproof.errors import UserError
 from counterproof.page.schema import MIGRATIONS
 
@@ -228,13 +228,7 @@ class Store:
         self._unindexed: set[int] = set()  # papers whose words enter the index when the transaction ends
         self.clock = clock
         if not read_only:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as problem:
-                raise UserError(
-                    f"cannot make the folder {self.path.parent} ({problem.strerror}); "
-                    "set COUNTERPROOF_HOME to one that can be written"
-                ) from None
+            make_folder(self.path)
         elif not self.path.exists():
             raise UserError(f"{self.path} does not exist; import something first: counterproof feed import FILE")
         with self.clear_errors():
@@ -259,20 +253,7 @@ class Store:
         return not logged and bool(os.statvfs(self.path).f_flag & os.ST_RDONLY)
 
     def _prepare(self, read_only: bool) -> None:
-        self.db.execute("BEGIN")
-        application = self.db.execute("PRAGMA application_id").fetchone()[0]
-        version = self.db.execute("PRAGMA user_version").fetchone()[0]
-        tables = self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        self.db.execute("COMMIT")
-        if application not in (0, APPLICATION) or (application == 0 and tables):
-            raise UserError(
-                f"{self.path} is an SQLite file of another program, not a page; nothing was changed. Name another file"
-            )
-        if version > len(MIGRATIONS):
-            raise UserError(
-                f"{self.path} was written by a newer Counterproof (page version {version}, this one reads "
-                f"{len(MIGRATIONS)}); nothing was changed. Upgrade: pip install -U counterproof"
-            )
+        version, _ = look(self.db, self.path, application=APPLICATION, newest=len(MIGRATIONS), name="page")
         if read_only:
             if version < len(MIGRATIONS):
                 raise UserError(f"{self.path} is of an older version; open it once for writing: counterproof feed list")
@@ -304,28 +285,17 @@ class Store:
         """The present day in UTC."""
         return self.now()[:10]
 
-    @contextmanager
-    def clear_errors(self) -> Iterator[None]:
+    def clear_errors(self) -> AbstractContextManager[None]:
         """Say what a database error means for the user.
 
         Raises:
             UserError: in place of what sqlite3 raises.
         """
-        try:
-            yield
-        except sqlite3.Error as problem:
-            text = str(problem)
-            if "full" in text or ("I/O" in text and shutil.disk_usage(self.path.parent).free < 1 << 20):
-                meaning = "the disk is full; free some space and repeat the command: what was stored is kept"
-            elif "readonly" in text or "unable to open" in text:
-                meaning = "it cannot be written; set COUNTERPROOF_HOME to a folder that can"
-            elif "not a database" in text or "malformed" in text:
-                meaning = "it is damaged or no page; nothing was changed. Move it away and import again"
-            elif "locked" in text:
-                meaning = "another program has been writing for 30 seconds; try again"
-            else:
-                meaning = "the database refused"
-            raise UserError(f"{self.path}: {meaning} ({text})") from None
+        return clear_errors(
+            self.path,
+            kept="what was stored is kept",
+            damaged="no page; nothing was changed. Move it away and import again",
+        )
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -334,20 +304,15 @@ class Store:
             if self.db.in_transaction:
                 yield
                 return
-            self.db.execute("BEGIN IMMEDIATE")
             try:
-                yield
-                # In one go: an index that is fed between other statements writes its segments far more often.
-                self.db.execute(
-                    "INSERT INTO words (rowid, title, abstract) SELECT id, title, abstract FROM papers "
-                    "WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id",
-                    (json.dumps(sorted(self._unindexed)),),
-                )
-                self.db.execute("COMMIT")
-            except BaseException:
-                if self.db.in_transaction:
-                    self.db.execute("ROLLBACK")
-                raise
+                with whole(self.db):
+                    yield
+                    # In one go: an index that is fed between other statements writes its segments far more often.
+                    self.db.execute(
+                        "INSERT INTO words (rowid, title, abstract) SELECT id, title, abstract FROM papers "
+                        "WHERE id IN (SELECT value FROM json_each(?)) ORDER BY id",
+                        (json.dumps(sorted(self._unindexed)),),
+                    )
             finally:
                 self._unindexed.clear()
 
