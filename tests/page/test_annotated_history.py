@@ -567,7 +567,7 @@ def test_the_shipped_works_survive_bibtex():
 
 
 NAMES = st.text(
-    st.characters(codec="utf-8", exclude_categories=("C", "Z"), exclude_characters="\\{}~,"), min_size=1, max_size=8
+    st.characters(codec="utf-8", exclude_categories=("C", "Z"), exclude_characters=","), min_size=1, max_size=8
 )
 
 
@@ -583,14 +583,12 @@ def test_any_names_and_titles_survive_bibtex(authors, title):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("@article{a, title = {x}", "x.bib:1: expected a comma or }"),
-        ("@article{a,\n title = {x", "x.bib:2: the { that opens here is never closed"),
-        ("@article{a, title = foo}", "no @string is called 'foo'"),
+        ("@article{a, title = {x}", "x.bib:1: is no proper BibTeX"),
+        ("@article{a,\n title = {x", "x.bib:1: is no proper BibTeX"),
         ("@article{a, year = 1999}", "x.bib:1: the entry a has no title"),
-        ("@article{a, title={x}, year=1}\n\n@article{a, title={x}}", "x.bib:3: the key 'a' is already in line 1"),
-        ("@article{a, title={x}, title={y}}", "the entry a has the field title twice"),
-        ('@article{a, title = "x } y"}', "x.bib:1: a } without a {"),
-        ("@article a", "expected { after @article"),
+        ("@article{a, title={x}, year=1}\n\n@article{a, title={x}}", "x.bib:3: the key 'a' was used before"),
+        ("@article{a, title={x}, title={y}}", "x.bib:1: 'a' has title twice"),
+        ("@article a", "x.bib:1: outside of an entry: @article a"),
         ("@article{ , title={x}}", "an entry begins with its key"),
         ("@article{a, title={x}}", "x.bib:1: the entry a has no year"),
         ("@misc{a.b, title={x}, year=1999}\n@misc{a-b, title={y}, year=1999}", "x.bib:2: the keys of two entries"),

@@ -1,7 +1,5 @@
 """A history from and to other programs: BibTeX and CSL-JSON in; BibTeX, JSON, GraphML and CSV out; YAML for editing."""
 
-# ruff: noqa: RUF001 - letters and dashes that LaTeX spells out
-
 import csv
 import io
 import json
@@ -10,13 +8,18 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import yaml
 
 from counterproof.errors import UserError
+from counterproof.page.bibtex_text import fields_of, names_of, unlatex
+from counterproof.page.bibtex_text import split as split_bibtex
+from counterproof.page.formats import TEX
 from counterproof.page.history_data import KINDS, Edge, Event, Place, Records, Source, Work, read_when
+from counterproof.page.readers import Piece, Skipped
+from counterproof.page.store import arxiv_id
 
 if TYPE_CHECKING:
     from counterproof.page.history_data import Milestone
@@ -34,15 +37,6 @@ __all__ = [
 
 # --- BibTeX and CSL-JSON in -------------------------------------------------------------------------------------------
 
-ACCENTS = {
-    "`": "\u0300", "'": "\u0301", "^": "\u0302", "~": "\u0303", "=": "\u0304", "u": "\u0306", ".": "\u0307",
-    '"': "\u0308", "r": "\u030a", "H": "\u030b", "v": "\u030c", "d": "\u0323", "c": "\u0327", "k": "\u0328",
-}  # fmt: skip
-LETTERS = {
-    "ss": "ß", "ae": "æ", "AE": "Æ", "oe": "œ", "OE": "Œ", "o": "ø", "O": "Ø", "l": "ł", "L": "Ł", "aa": "å", "AA": "Å",
-    "i": "ı", "j": "ȷ", "textendash": "–", "textemdash": "—", "ldots": "…",
-}  # fmt: skip
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 VENUES = ("journal", "booktitle", "journaltitle", "publisher", "school", "institution", "howpublished")
 KNOWN = {"author", "title", "year", "date", "doi", "eprint", "url", "editor", *VENUES}
 
@@ -100,184 +94,39 @@ def from_bibtex(text: str, name: str = "BibTeX") -> list[Work]:
     Raises:
         UserError: with file and line, what is not BibTeX; an entry without title, or a key given twice.
     """
-    return _BibTeX(text, name).works()
+    works: list[Work] = []
+    for piece in split_bibtex(text.encode("utf-8", "replace"), None):
+        place = Place(name, int(re.sub(r"line (\d+).*", r"\1", piece.where)))
+        if isinstance(piece, Skipped) and piece.reason.startswith("outside of an entry") and "@" not in piece.reason:
+            continue  # where BibTeX, too, reads nothing
+        if not isinstance(piece, Piece):
+            raise UserError(f"{place}: {piece.reason if isinstance(piece, Skipped) else piece.text}")
+        works.append(_work(*fields_of(piece.raw), place))
+    return works
 
 
-class _BibTeX:
-    def __init__(self, text: str, name: str) -> None:
-        self.text, self.name, self.at = text, name, 0
-        self.strings = {month: str(number) for number, month in enumerate(MONTHS, 1)}
-
-    def works(self) -> list[Work]:
-        found: dict[str, Work] = {}
-        while (start := self.text.find("@", self.at)) >= 0:
-            self.at = start + 1
-            kind = self._word("the type of an entry").lower()
-            opening = self._skip()
-            if kind == "comment":
-                if opening == "{":
-                    self._group(opening)
-                continue
-            if opening not in ("{", "("):
-                self.wrong(f"expected {{ after @{kind}")
-            self.at += 1
-            closing = "}" if opening == "{" else ")"
-            if kind == "preamble":
-                self._value()
-                self._expect(closing)
-            elif kind == "string":
-                label = self._word("a name").lower()
-                self._expect("=")
-                self.strings[label] = self._value()
-                self._expect(closing)
-            else:
-                work = self._entry(closing, Place(self.name, self._line(start)))
-                if work.key in found:
-                    self.wrong(f"the key {work.key!r} is already in line {found[work.key].place.line}", start)
-                found[work.key] = work
-        return list(found.values())
-
-    def _entry(self, closing: str, place: Place) -> Work:
-        match = re.compile(r"\s*([^\s,{}()=\"#%~\\]+)\s*").match(self.text, self.at)
-        if match is None:
-            self.wrong("an entry begins with its key")
-        key, self.at = match[1], match.end()
-        fields: dict[str, str] = {}
-        while (mark := self._skip()) != closing:
-            if mark != ",":
-                self.wrong(f"expected a comma or {closing} in the entry {key}")
-            self.at += 1
-            if self._skip() == closing:
-                break
-            label = self._word(f"a field of {key}").lower()
-            self._expect("=")
-            if label in fields:
-                self.wrong(f"the entry {key} has the field {label} twice")
-            fields[label] = self._value()
-        self.at += 1
-        title = _plain(fields.get("title", ""))
-        if not title:
-            raise UserError(f"{place}: the entry {key} has no title")
-        eprint = fields.get("eprint", "").strip()
-        is_arxiv = re.fullmatch(r"(?:arXiv:)?(\d{4}\.\d{4,5}|[a-z-]+(?:\.[A-Z]{2})?/\d{7})(?:v\d+)?", eprint)
-        year = re.search(r"\b\d{3,4}\b", fields.get("year", "") or fields.get("date", ""))
-        left = {label: _plain(value) for label, value in fields.items() if label not in KNOWN}
-        if eprint and not is_arxiv:
-            left["eprint"] = _plain(eprint)
-        return Work(
-            key=key,
-            title=title,
-            year=int(year[0]) if year else None,
-            authors=tuple(_person(one) for one in _names(fields.get("author") or fields.get("editor", ""))),
-            venue=next((_plain(fields[label]) for label in VENUES if fields.get(label)), ""),
-            doi=re.sub(r"^https?://(?:dx\.)?doi\.org/", "", fields.get("doi", "").strip()).replace("\\_", "_"),
-            arxiv=is_arxiv[1] if is_arxiv else "",
-            url=fields.get("url", "").strip().replace("\\_", "_").replace("\\%", "%"),
-            fields=left,
-            place=place,
-        )
-
-    def _value(self) -> str:
-        """One value: braces, quotes, a number or a name, joined by #."""
-        parts = []
-        while True:
-            mark = self._skip()
-            if mark in ("{", '"'):
-                parts.append(self._group(mark))
-            else:
-                word = self._word("a value")
-                if not word.isdigit() and word.lower() not in self.strings:
-                    self.wrong(f"no @string is called {word!r}; put the value in braces")
-                parts.append(word if word.isdigit() else self.strings[word.lower()])
-            if self._skip() != "#":
-                return "".join(parts)
-            self.at += 1
-
-    def _group(self, mark: str) -> str:
-        start = self.at
-        self.at += 1
-        depth = 0
-        while self.at < len(self.text):
-            char = self.text[self.at]
-            if char == "\\":
-                self.at += 2
-                continue
-            if char == ("}" if mark == "{" else '"') and not depth:
-                self.at += 1
-                return self.text[start + 1 : self.at - 1]
-            depth += (char == "{") - (char == "}")
-            if depth < 0:
-                self.wrong("a } without a {")
-            self.at += 1
-        self.wrong(f"the {mark} that opens here is never closed", start)
-
-    def _word(self, what: str) -> str:
-        match = re.compile(r"\s*([\w:.+/&*-]+)").match(self.text, self.at)
-        if match is None:
-            self.wrong(f"expected {what}")
-        self.at = match.end()
-        return match[1]
-
-    def _skip(self) -> str:
-        while self.at < len(self.text) and self.text[self.at].isspace():
-            self.at += 1
-        return self.text[self.at : self.at + 1]
-
-    def _expect(self, char: str) -> None:
-        if self._skip() != char:
-            self.wrong(f"expected {char}")
-        self.at += 1
-
-    def _line(self, at: int) -> int:
-        return self.text.count("\n", 0, at) + 1
-
-    def wrong(self, message: str, at: int | None = None) -> NoReturn:
-        raise UserError(f"{self.name}:{self._line(self.at if at is None else at)}: {message}")
-
-
-def _plain(latex: str) -> str:
-    """LaTeX as plain Unicode: accents, letters, escaped signs, dashes; grouping braces fall."""
-
-    def accent(match: re.Match[str]) -> str:
-        base = match[2] or match[3]
-        base = {"\\i": "i", "\\j": "j"}.get(base, base)
-        return unicodedata.normalize("NFC", base + ACCENTS[match[1]])
-
-    text = latex.replace("\\\\", " ")
-    text = re.sub(r"\\([`'^~=.\"])\s*(?:\{\s*(\\[ij]|[^\W\d_])\s*\}|(\\[ij](?![a-zA-Z])|[^\W\d_]))", accent, text)
-    text = re.sub(r"\\([urHvdck])(?:\s*\{\s*(\\[ij]|[^\W\d_])\s*\}|\s+([^\W\d_]))", accent, text)
-    text = re.sub(
-        rf"\\({'|'.join(sorted(LETTERS, key=len, reverse=True))})(?![a-zA-Z])(?:\{{\}}|\s+)?",
-        lambda m: LETTERS[m[1]],
-        text,
+def _work(key: str, fields: Mapping[str, str], place: Place) -> Work:
+    if not re.fullmatch(r"[^\s,{}()=\"#%~\\]+", key):
+        raise UserError(f"{place}: an entry begins with its key")
+    plain = {label: " ".join(unlatex(value).split()) for label, value in fields.items()}
+    if not plain.get("title"):
+        raise UserError(f"{place}: the entry {key} has no title")
+    eprint = fields.get("eprint", "").strip()
+    arxiv = arxiv_id(eprint) or ""
+    year = re.search(r"\b\d{3,4}\b", plain.get("year") or plain.get("date", ""))
+    kept = {label for label in fields if label not in KNOWN or (label == "eprint" and not arxiv)}
+    return Work(
+        key=key,
+        title=plain["title"],
+        year=int(year[0]) if year else None,
+        authors=tuple(names_of(fields.get("author") or fields.get("editor", ""))),
+        venue=next((plain[label] for label in VENUES if plain.get(label)), ""),
+        doi=re.sub(r"^https?://(?:dx\.)?doi\.org/", "", fields.get("doi", "").strip()).replace("\\_", "_"),
+        arxiv=arxiv,
+        url=fields.get("url", "").strip().replace("\\_", "_").replace("\\%", "%"),
+        fields={label: plain[label] for label in fields if label in kept},
+        place=place,
     )
-    text = re.sub(r"\\(?:emph|textit|textbf|texttt|textsc|mathrm|text)\s*(?=\{)", "", text)
-    text = re.sub(r"(?<!\\)[{}]", "", text)
-    text = re.sub(r"(?<!\\)~", "\u00a0", text)
-    text = re.sub(r"\\([&%$#_{}~])", r"\1", text).replace("---", "—").replace("--", "–")
-    return " ".join(text.replace("\u00a0", " ").split())
-
-
-def _names(text: str) -> list[str]:
-    """Split at the word "and" outside braces."""
-    parts, depth, start = [], 0, 0
-    for match in re.finditer(r"[{}]|\s+and\s+", text):
-        if match[0] in "{}":
-            depth += 1 if match[0] == "{" else -1
-        elif not depth:
-            parts.append(text[start : match.start()])
-            start = match.end()
-    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
-
-
-def _person(name: str) -> str:
-    """ "Last, First" and "Last, Jr, First" as "First Last Jr"; a name in braces stays as it is."""
-    if name.startswith("{") and name.endswith("}") and name.count("{") == 1:
-        return _plain(name)
-    parts = [_plain(part) for part in re.split(r",(?![^{]*\})", name)]
-    if len(parts) == 1:
-        return parts[0]
-    return " ".join(part for part in (parts[-1], parts[0], *parts[1:-1]) if part)
 
 
 def from_csl(text: str, name: str = "CSL-JSON") -> list[Work]:
@@ -364,7 +213,8 @@ def to_bibtex(works: Iterable[Work]) -> str:
 
 
 def _escape(text: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", "/").replace("~", "\\~{}"))
+    """Plain text for LaTeX: its signs escaped, and nothing made of two that stand together."""
+    return "{}".join(part.translate(TEX) for part in re.split(r"(?<=[-`'<>,?!])(?=[-`'<>,])", text))
 
 
 def _author(name: str) -> str:

@@ -309,6 +309,18 @@ def clean(text: str) -> str:
     return text if text.isascii() and text.isprintable() else CONTROLS.sub("", text)
 
 
+def cut(text: str, most: int = 60) -> str:
+    """The beginning of a text, on one line, for a message."""
+    text = " ".join(clean(text).split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def lines_of(data: bytes, charset: str | None) -> tuple[list[str], str | None]:
+    """The lines of a text, and what was guessed of its letters, as `decoded` says it."""
+    text, guessed = decoded(data, charset)
+    return re.split(r"\r\n|\r|\n", text.removeprefix("\ufeff")), guessed
+
+
 def doi_in(text: str) -> str | None:
     """The first DOI in a text, lower case; None when there is none."""
     found = DOI.search(text)

@@ -1,14 +1,12 @@
 """Papers out of text: BibTeX, RIS, and a page of titles and abstracts as people save them."""
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from datetime import date
-from functools import cache
 from itertools import pairwise
-from typing import Any
 
-from counterproof.errors import extra
+from counterproof.page.bibtex_text import fields_of, names_of, unlatex
+from counterproof.page.bibtex_text import split as split_bibtex
 from counterproof.page.readers import (
     Note,
     Parse,
@@ -17,29 +15,18 @@ from counterproof.page.readers import (
     Split,
     Unreadable,
     clean,
-    decoded,
+    cut,
     doi_in,
     entry_of,
+    lines_of,
     plain_date,
 )
 from counterproof.page.store import Entry, arxiv_id
 
 __all__ = ["READERS"]
 
-# What it logs is reported by line here.
-logging.getLogger("bibtexparser").addHandler(logging.NullHandler())
 Pieces = Iterator[Piece | Skipped | Note]
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-
-
-def _lines(data: bytes, charset: str | None) -> tuple[list[str], str | None]:
-    text, guessed = decoded(data, charset)
-    return re.split(r"\r\n|\r|\n", text.removeprefix("\ufeff")), guessed
-
-
-def _cut(text: str, most: int = 60) -> str:
-    text = " ".join(clean(text).split())
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _month(text: str) -> int | None:
@@ -52,81 +39,9 @@ def _month(text: str) -> int | None:
 # BibTeX
 
 
-def _split_bibtex(data: bytes, charset: str | None) -> Pieces:
-    with extra("page"):
-        from bibtexparser import model
-        from bibtexparser.entrypoint import parse_string
-
-    lines, guessed = _lines(data, charset)
-    if guessed:
-        yield Note("file", guessed)
-    found = parse_string("\n".join(lines), parse_stack=[])
-    macros = {block.key.lower(): block.raw or "" for block in found.strings}
-    word = re.compile(r"[A-Za-z_][\w:.+/-]*")
-    for block in found.blocks:
-        where = f"line {(block.start_line or 0) + 1}"
-        if isinstance(block, model.DuplicateBlockKeyBlock | model.DuplicateFieldKeyBlock):
-            inner = block.ignore_error_block
-            if not isinstance(inner, model.Entry):
-                yield Note(where, f"defines the macro {block.key!r} again; the first holds")  # type: ignore[union-attr]
-                continue
-            if isinstance(block, model.DuplicateFieldKeyBlock):
-                names = ", ".join(sorted(block.duplicate_keys))
-                yield Note(where, f"{inner.key!r} has {names} twice; the first holds")
-            else:
-                yield Note(where, f"the key {inner.key!r} was used before; both were read")
-            block = inner
-        if isinstance(block, model.ParsingFailedBlock):
-            reason = getattr(block.error, "abort_reason", None) or str(block.error)
-            yield Skipped(where, f"is no proper BibTeX: {_cut(reason, 160)}")
-        elif isinstance(block, model.ImplicitComment):
-            for number, line in enumerate((block.raw or "").split("\n")):
-                if line.strip() and not line.lstrip().startswith("%"):
-                    yield Skipped(f"line {(block.start_line or 0) + 1 + number}", f"outside of an entry: {_cut(line)}")
-        elif isinstance(block, model.Entry):
-            # The macros an entry uses go with it, so that it can be read alone.
-            used = dict.fromkeys(name for name in map(str.lower, word.findall(block.raw or "")) if name in macros)
-            raw = "\n".join([*(macros[name] for name in used), block.raw or ""])
-            yield Piece(f"{where} ({block.key})", raw.encode("utf-8", "replace"), "bibtex")
-
-
-@cache
-def _latex() -> Any:
-    with extra("page"):
-        from pylatexenc.latex2text import LatexNodes2Text
-
-    return LatexNodes2Text(math_mode="verbatim", keep_comments=True)
-
-
-def _unlatex(text: str) -> str:
-    """Accents as letters, braces gone, formulas as they are."""
-    if not re.search(r"[\\{}~$]|--|``|''", text):
-        return text
-    # An unescaped percent sign is no comment inside of a field.
-    text = re.sub(r"(?<!\\)%", r"\\%", text)
-    return str(_latex().latex_to_text(text))
-
-
 def _bibtex(raw: bytes) -> Entry:
-    with extra("page"):
-        from bibtexparser import model
-        from bibtexparser.entrypoint import parse_string
-
-    found = parse_string(raw.decode(), parse_stack=[])
-    macros: dict[str, str] = {}
-    for macro in found.strings:  # one may be made of those before it
-        macros[macro.key.lower()] = _joined(str(macro.value), macros)
-    entries = [
-        inner
-        for block in found.blocks
-        if isinstance(inner := getattr(block, "ignore_error_block", None) or block, model.Entry)
-    ]
-    if len(entries) != 1:
-        raise Unreadable("is no proper BibTeX")
-    fields: dict[str, str] = {}
-    for field in entries[0].fields:
-        fields.setdefault(field.key.lower(), _joined(str(field.value), macros))
-    text = {name: _unlatex(value) for name, value in fields.items() if name not in ("doi", "url", "eprint", "file")}
+    key, fields = fields_of(raw)
+    text = {name: unlatex(value) for name, value in fields.items() if name not in ("doi", "url", "eprint", "file")}
     eprint = fields.get("eprint", "").strip()
     kind = (fields.get("archiveprefix") or fields.get("eprinttype") or "arxiv").strip().lower()
     address = re.sub(r"\\url\{([^}]*)\}", r"\1", fields.get("url", "")).strip().replace(r"\_", "_").replace(r"\%", "%")
@@ -138,7 +53,7 @@ def _bibtex(raw: bytes) -> Entry:
     return entry_of(
         title=text.get("title", ""),
         abstract=text.get("abstract", ""),
-        authors=_names(fields.get("author") or fields.get("editor", "")),
+        authors=[name for name in names_of(fields.get("author") or fields.get("editor", "")) if name != "others"],
         arxiv=arxiv,
         doi=doi,
         published=_bibtex_date(text),
@@ -149,54 +64,11 @@ def _bibtex(raw: bytes) -> Entry:
         ],
         links={"page": address} if re.match(r"https?://", address) else {},
         extra={
-            "bibtex key": entries[0].key,
+            "bibtex key": key,
             "note": text.get("note", ""),
             "doi": "" if doi else fields.get("doi", ""),
         },
     )
-
-
-def _joined(value: str, macros: Mapping[str, str]) -> str:
-    """The text of a field: parts in braces or quotes, numbers and macros, joined by ``#``."""
-    parts, depth, quoted, part = [], 0, False, ""
-    for letter in value:
-        depth += (letter == "{") - (letter == "}")
-        if letter == '"' and depth == 0:
-            quoted = not quoted
-        if letter == "#" and depth == 0 and not quoted:
-            parts.append(part)
-            part = ""
-        else:
-            part += letter
-    found = []
-    for text in map(str.strip, [*parts, part]):
-        bare = text[1:-1] if text[:1] + text[-1:] in ("{}", '""') and len(text) > 1 else None
-        found.append(macros.get(text.lower(), text) if bare is None else bare)
-    return "".join(found)
-
-
-def _names(text: str) -> list[str]:
-    """``Carion, Nicolas and others`` as ``Nicolas Carion``; a name in braces is one name."""
-    found, depth, part = [], 0, ""
-    for piece in re.split(r"(\s+and\s+|[{}])", text.strip()):
-        depth += (piece == "{") - (piece == "}")
-        if depth <= 0 and re.fullmatch(r"\s+and\s+", piece):
-            found.append(part)
-            part = ""
-        else:
-            part += piece
-    names = []
-    for name in [*found, part]:
-        whole = name.strip().startswith("{") and name.strip().endswith("}")
-        plain = " ".join(_unlatex(name).split())
-        parts = [part.strip() for part in plain.split(",")]
-        if not whole and len(parts) == 2:
-            plain = f"{parts[1]} {parts[0]}"
-        elif not whole and len(parts) == 3:  # family, junior, given
-            plain = f"{parts[2]} {parts[0]} {parts[1]}"
-        if plain and plain != "others":
-            names.append(plain)
-    return names
 
 
 def _bibtex_date(text: Mapping[str, str]) -> str | None:
@@ -218,7 +90,7 @@ RIS_LINE = re.compile(r"([A-Z][A-Z0-9]) {1,2}-(?: (.*))?\Z")
 
 
 def _split_ris(data: bytes, charset: str | None) -> Pieces:
-    lines, guessed = _lines(data, charset)
+    lines, guessed = lines_of(data, charset)
     if guessed:
         yield Note("file", guessed)
     record: list[str] = []
@@ -238,7 +110,7 @@ def _split_ris(data: bytes, charset: str | None) -> Pieces:
         elif record:
             record.append(line)
         elif line.strip():
-            yield Skipped(f"line {number}", f"outside of a record: {_cut(line)}")
+            yield Skipped(f"line {number}", f"outside of a record: {cut(line)}")
 
 
 def _ris(raw: bytes) -> Entry:
@@ -402,7 +274,7 @@ def _capitals(text: str) -> float:
 
 
 def _split_text(data: bytes, charset: str | None) -> Pieces:
-    lines, guessed = _lines(data, charset)
+    lines, guessed = lines_of(data, charset)
     if guessed:
         yield Note("file", guessed)
     day: str | None = None
@@ -436,13 +308,13 @@ def _split_text(data: bytes, charset: str | None) -> Pieces:
             if title is not None and begun:
                 yield finished((title[0], [title[1]], []))
             elif title is not None:
-                yield Skipped(f"line {title[0]}", f"before the first paper: {_cut(title[1])}")
+                yield Skipped(f"line {title[0]}", f"before the first paper: {cut(title[1])}")
             title = None
             if found is not None:
                 yield Skipped(f"line {number}", f"the day: {found}")
                 day, begun = found, True
             else:
-                yield Skipped(f"line {number}", f"no part of a paper: {_cut(whole)}")
+                yield Skipped(f"line {number}", f"no part of a paper: {cut(whole)}")
             continue
         for part in _divided(block, title is not None):
             if not _is_abstract(part):
@@ -452,7 +324,7 @@ def _split_text(data: bytes, charset: str | None) -> Pieces:
                 if title is not None and begun:
                     yield finished((title[0], [title[1]], []))
                 elif title is not None:
-                    yield Skipped(f"line {title[0]}", f"before the first paper: {_cut(title[1])}")
+                    yield Skipped(f"line {title[0]}", f"before the first paper: {cut(title[1])}")
                 title = (number, part)
             elif title is not None:
                 paper, title, begun = (title[0], [title[1], part], []), None, True
@@ -460,14 +332,14 @@ def _split_text(data: bytes, charset: str | None) -> Pieces:
                 yield Note(f"line {number}", "a second paragraph; taken as part of the abstract before it")
                 paper[1].append(part)
             else:
-                yield Skipped(f"line {number}", f"an abstract without a title: {_cut(part)}")
+                yield Skipped(f"line {number}", f"an abstract without a title: {cut(part)}")
     if paper is not None:
         yield finished(paper)
     if title is not None:
         if begun:
             yield finished((title[0], [title[1]], []))
         else:
-            yield Skipped(f"line {title[0]}", f"a title without an abstract, and nothing else: {_cut(title[1])}")
+            yield Skipped(f"line {title[0]}", f"a title without an abstract, and nothing else: {cut(title[1])}")
 
 
 def _text_record(raw: bytes) -> Entry:
@@ -479,7 +351,7 @@ def _text_record(raw: bytes) -> Entry:
 
 
 READERS: dict[str, tuple[Split, Parse]] = {
-    "bibtex": (_split_bibtex, _bibtex),
+    "bibtex": (split_bibtex, _bibtex),
     "ris": (_split_ris, _ris),
     "text": (_split_text, _text_record),
 }
