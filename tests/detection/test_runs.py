@@ -24,19 +24,18 @@ from counterproof.detection.annotations import DetectionData, Picture, read_data
 from counterproof.detection.batches import Batches, Pixels, scene_data
 from counterproof.detection.detectors import check_queries, classes_of, load_detector, pixels_of, save_detector, side_of
 from counterproof.detection.evaluation import evaluate
-from counterproof.detection.runs import (
-    TrainSettings,
+from counterproof.detection.outputs import folder_of
+from counterproof.detection.predicting import (
     detect,
-    detection_methods,
     draw_found,
     open_detector,
     open_pictures,
     score_page,
-    survey_data,
-    train,
     write_scores,
 )
+from counterproof.detection.runs import TrainSettings, detection_methods, train
 from counterproof.detection.scenes import SHAPES, draw_scenes
+from counterproof.detection.survey import survey_data
 from counterproof.detection.tiny import tiny_detector
 from counterproof.detection.training import Recipe, Trainee, fit
 from counterproof.errors import UserError
@@ -731,4 +730,4 @@ def test_detectors_without_a_mask_train_on_whole_cells(tmp_path):
 
 
 def test_folder_of_pictures(pictures):
-    assert runs.folder_of(read_data(pictures)) == Path(pictures / "images").absolute()
+    assert folder_of(read_data(pictures)) == Path(pictures / "images").absolute()

@@ -149,9 +149,9 @@ def predict(
     says what these mean.
     """
     from counterproof.detection.evaluation import write_results
-    from counterproof.detection.runs import (
+    from counterproof.detection.outputs import check_ending
+    from counterproof.detection.predicting import (
         LEAST_SCORE,
-        check_ending,
         copies,
         detect,
         draw_found,
@@ -223,7 +223,8 @@ def evaluate(
     """
     from counterproof.detection.annotations import read_data
     from counterproof.detection.evaluation import evaluate, read_results
-    from counterproof.detection.runs import check_ending, detect, open_detector, write_scores
+    from counterproof.detection.outputs import check_ending
+    from counterproof.detection.predicting import detect, open_detector, write_scores
 
     if (model is None) == (results is None):
         raise UserError("say what to score: --model DIR, or --results results.json")
@@ -259,7 +260,7 @@ def convert(data: str, out: Path, drop_bad_boxes: bool, split: str | None, as_js
     edge is listed.
     """
     from counterproof.detection.annotations import read_data, write_coco
-    from counterproof.detection.runs import check_ending, folder_of
+    from counterproof.detection.outputs import check_ending, folder_of
 
     check_ending(out, (".json",))
     keep_inputs(out, data)
@@ -306,7 +307,8 @@ def look(data: str, draw: Path | None, split: str | None, as_json: bool) -> None
     SPEC is a COCO json, coco:FILE,PICTURES, or a folder in COCO or YOLO layout. Every picture's header is read.
     """
     from counterproof.detection.annotations import read_data
-    from counterproof.detection.runs import check_ending, save_picture, sheet, survey_data
+    from counterproof.detection.outputs import check_ending, save_picture
+    from counterproof.detection.survey import sheet, survey_data
 
     if draw is not None:
         check_ending(draw, (".png",))

@@ -1,13 +1,10 @@
-"""A detector on one's own pictures: train it, let it search, score it, look at the data.
+"""A detector trained on one's own pictures, by any method of the room.
 
-What `counterproof detection` does, as functions. A training keeps its state in the folder it writes to, so that it goes
-on from there after a kill; what it leaves is a plain transformers checkpoint, loadable without Counterproof.
+A training keeps its state in the folder it writes to, so that it goes on from there after a kill; what it leaves is a
+plain transformers checkpoint, loadable without Counterproof.
 """
 
-import base64
-import csv
 import hashlib
-import html
 import inspect
 import io
 import json
@@ -17,27 +14,19 @@ from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points, version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from counterproof.detection import task
 from counterproof.detection.annotations import (
-    COCO_NAMES,
     HELD_OUT,
-    LISTED,
-    SUFFIXES,
-    YOLO_NAMES,
     DetectionData,
-    Picture,
     Spec,
     _locate,
-    _opened_sizes,
-    _pictures_below,
     _yaml_of_folder,
     read_data,
     split_data,
@@ -51,10 +40,19 @@ from counterproof.detection.detectors import (
     pixels_of,
     predict,
     save_detector,
-    side_of,
 )
-from counterproof.detection.drawing import MARGIN, PAPER, draw_detections, draw_pairs
-from counterproof.detection.evaluation import NAMES, DetectionScores, evaluate
+from counterproof.detection.drawing import draw_pairs
+from counterproof.detection.evaluation import DetectionScores, evaluate
+from counterproof.detection.outputs import (
+    check_device,
+    folder_of,
+    save_picture,
+    shown,
+    some_of,
+    spaced,
+    write_bytes,
+    write_json,
+)
 from counterproof.detection.tiny import tiny_detector
 from counterproof.detection.training import Recipe, Trainee, fit
 from counterproof.errors import UserError, extra
@@ -62,26 +60,15 @@ from counterproof.files import replacing
 
 with extra("detection"):
     import torch
-    from PIL import Image
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "DataSurvey",
-    "Detector",
     "TrainSettings",
     "Trained",
-    "detect",
     "detection_methods",
-    "draw_found",
-    "open_detector",
-    "open_pictures",
-    "score_page",
-    "survey_data",
     "train",
-    "write_pictures",
-    "write_scores",
 ]
 
 RUN = "training.json"  # what a training's folder says of itself
@@ -89,12 +76,8 @@ CHECKPOINT = "checkpoint.pt"
 PROGRESS = "progress.json"
 HELD_OUT_JSON = "held-out.json"
 EVALUATED = 500  # held-out pictures, at most, that the looks during a training are at
-SHOWN = 12  # pictures on a sheet or a page
 POINTS = 200  # of the curve of losses, at most
-LEAST_SCORE = 0.3  # of detections that are drawn
 PAPERS = "counterproof.papers"  # entry points of third parties' papers
-# Areas in square pixels, by COCO.
-SMALL, LARGE = 32**2, 96**2
 
 Watch = Callable[[str, int, int, Mapping[str, float]], None]
 
@@ -316,7 +299,7 @@ def train(
         known = named_classes(model)
         if known != learnt.classes:
             notes.append(
-                f"{model} was trained for {len(known)} other classes ({_some(known)}): its class head starts anew"
+                f"{model} was trained for {len(known)} other classes ({some_of(known)}): its class head starts anew"
             )
     pixels = pixels_of(model, detector, wanted.side)
     for part in (learnt, held_out):
@@ -350,7 +333,7 @@ def train(
 
     detector.to(device)
     trainee.module.to(device)
-    sample = held_out.subset(_spaced(len(held_out.pictures), EVALUATED))
+    sample = held_out.subset(spaced(len(held_out.pictures), EVALUATED))
     diary = _Diary(out / PROGRESS, steps)
 
     def search(data: DetectionData, model: Any, done: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
@@ -455,7 +438,7 @@ def _parts(
         notes.append(f"{shared} pictures of --val are trained on too: its scores flatter the detector")
     absent = sorted(set(held_out.classes) - set(learnt.classes))
     if absent:
-        notes.append(f"held-out classes that are not trained on, AP 0: {_some(absent)}")
+        notes.append(f"held-out classes that are not trained on, AP 0: {some_of(absent)}")
     return learnt, held_out, [*learnt.notes, *notes]
 
 
@@ -592,7 +575,7 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(f"cannot make the folder {out}: {problem.strerror}; name another") from None
-    _write_json(mark, about)
+    write_json(mark, about)
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:
@@ -630,10 +613,10 @@ def _write(done: Trained, pixels: Pixels, results: Sequence[Mapping[str, Any]], 
     save_detector(done.model, out, pixels)
     if done.held_out.images is None:
         write_coco(done.held_out, out / HELD_OUT_JSON)
-    save_picture(draw_pairs(done.held_out, results, _shown(done.held_out)), out / "detections.png")
+    save_picture(draw_pairs(done.held_out, results, shown(done.held_out)), out / "detections.png")
     _draw_curve(done, out / "curve.png")
     found = {name: value for name, value in done.as_json().items() if name != "out"}
-    _write_json(out / RUN, {**about, **found, "losses": [list(point) for point in done.losses]})
+    write_json(out / RUN, {**about, **found, "losses": [list(point) for point in done.losses]})
     for name in (CHECKPOINT, f"{CHECKPOINT}.part", PROGRESS):
         (out / name).unlink(missing_ok=True)
 
@@ -662,506 +645,4 @@ def _draw_curve(done: Trained, file: Path) -> None:
     figure.legend(lines, [str(line.get_label()) for line in lines], loc="outside upper center", ncols=3, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    _write_bytes(file, buffer.getvalue())
-
-
-# predict
-
-
-@dataclass(frozen=True)
-class Detector:
-    """A detector that searches pictures: the model in eval mode, how it wants its pictures, and where it came from."""
-
-    model: "PreTrainedModel"
-    pixels: Pixels
-    name: str
-    device: str
-
-    @property
-    def labels(self) -> dict[int, str]:
-        """Names of its classes, by number."""
-        labels: Any = self.model.config.id2label
-        return {int(number): str(labels[number]) for number in sorted(labels)}
-
-
-def open_detector(name: str | Path, *, side: int | None = None, device: str = "cpu") -> Detector:
-    """A detector as it was saved.
-
-    Args:
-        name: a local folder or a hub id.
-        side: longest side of the pictures in pixels; None: what its preprocessor_config.json says, else as they are.
-        device: of torch.
-
-    Raises:
-        UserError: no such model, or one that is no detector; an unknown device.
-    """
-    check_device(device)
-    model = load_detector(name, device=device)
-    return Detector(model, pixels_of(name, model, side or side_of(name)), str(name), device)
-
-
-def open_pictures(
-    source: Spec, labels: Mapping[int, str] | None = None, *, split: str | None = None
-) -> tuple[DetectionData, bool]:
-    """Pictures to search, and whether they are plain ones, without annotations.
-
-    Args:
-        source: what `read_data` takes; or a picture, or a folder of pictures with no COCO json (annotations.json,
-            instances*.json, _annotations.coco.json), data.yaml or images/ with labels/ in it. Folders in it are
-            searched too.
-        labels: names of classes, by number; plain pictures get them as their categories. Ids of plain pictures are 1,
-            2, ... in the order of their paths.
-        split: of a YOLO folder.
-
-    Raises:
-        UserError: as `read_data`; a picture that cannot be read; a folder without any.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir() and not str(source).startswith(("coco:", "yolo:")) and not _is_annotated(path):
-        root, files = path, _pictures_below(path)
-        if not files and not any(path.glob("*.json")):
-            raise UserError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-    elif path.is_file() and path.suffix.lower() in SUFFIXES:
-        root, files = path.parent, [path]
-    else:
-        files = []
-    if not files:
-        return read_data(source, split=split), False
-    if split is not None:
-        raise UserError(f"{source} has pictures without annotations, and no splits; leave out the split")
-    names = dict(sorted((labels or {}).items()))
-    none = np.zeros(0)
-    pictures = [
-        Picture(
-            id=number,
-            name=file.relative_to(root).as_posix(),
-            width=width,
-            height=height,
-            file=file,
-            boxes=np.zeros((0, 4), dtype=np.float32),
-            labels=none.astype(np.int64),
-            crowd=none.astype(bool),
-            areas=none.astype(np.float32),
-            annotation_ids=none.astype(np.int64),
-        )
-        for number, (file, (width, height)) in enumerate(
-            zip(files, _opened_sizes(source, files, [None] * len(files))), start=1
-        )
-    ]
-    return DetectionData(tuple(pictures), tuple(names.values()), tuple(names), str(source)), True
-
-
-def _is_annotated(folder: Path) -> bool:
-    named = any(any(folder.glob(name)) or any(folder.glob(f"annotations/{name}")) for name in COCO_NAMES)
-    yolo = any((folder / name).is_file() for name in YOLO_NAMES)
-    return named or yolo or all((folder / name).is_dir() for name in ("images", "labels"))
-
-
-def detect(
-    detector: Detector,
-    data: DetectionData,
-    *,
-    batch: int = 8,
-    threshold: float = 0.0,
-    watch: Callable[[int, int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Search every picture: COCO results (image_id, category_id, bbox as x, y, width, height in pixels, score).
-
-    Args:
-        detector: of `open_detector`. Its classes are found in the data by name; detections of others are left out.
-        data: the pictures.
-        batch: pictures at a time.
-        threshold: least score.
-        watch: ``watch(pictures done, pictures)``.
-
-    Raises:
-        UserError: detector and data have no class in common; a picture that cannot be read.
-    """
-    count = len(data.pictures)
-    results = predict(
-        detector.model,
-        data,
-        detector.pixels,
-        model_type=detector.model.config.model_type,
-        classes=classes_of(detector.model, data, detector.name),
-        batch=batch,
-        device=detector.device,
-        watch=None if watch is None else lambda done: watch(done, count),
-    )
-    return [record for record in results if record["score"] >= threshold]
-
-
-def write_pictures(data: DetectionData, path: Path) -> None:
-    """Which picture and class an id of the results means: COCO's `images` and `categories`.
-
-    Raises:
-        UserError: a path that cannot be written.
-    """
-    whole = data.to_coco()
-    _write_json(path, {"images": whole["images"], "categories": whole["categories"]})
-
-
-def draw_found(
-    data: DetectionData,
-    results: Sequence[Mapping[str, Any]],
-    folder: Path,
-    *,
-    least_score: float = LEAST_SCORE,
-    watch: Callable[[int, int], None] | None = None,
-) -> list[Path]:
-    """Write a copy of every picture with what was found in it, as PNG under its name; small ones are enlarged.
-
-    Raises:
-        UserError: a file of that name is there already, none being written then; a picture that cannot be read.
-    """
-    targets = copies(data, folder)
-    found: dict[int, list[Mapping[str, Any]]] = {picture.id: [] for picture in data.pictures}
-    for record in results:
-        found[record["image_id"]].append(record)
-    label_of = {identity: label for label, identity in enumerate(data.category_ids)}
-    for index, (picture, target) in enumerate(zip(data.pictures, targets)):
-        records = found[picture.id]
-        corners = np.array([record["bbox"] for record in records], dtype=np.float64).reshape(-1, 4)
-        corners[:, 2:] += corners[:, :2]
-        labels = [label_of[record["category_id"]] for record in records]
-        boxes = (corners, labels, [record["score"] for record in records])
-        image = draw_detections(data.pixels(index), found=boxes, classes=data.classes, least_score=least_score)
-        make_folder(target.parent)
-        save_picture(image, target)
-        if watch is not None:
-            watch(index + 1, len(targets))
-    return targets
-
-
-def copies(data: DetectionData, folder: Path) -> list[Path]:
-    """Where `draw_found` writes: NAME.png for each picture; of two that differ in their ending only, NAME.jpg.png.
-
-    Raises:
-        UserError: one is there already.
-    """
-    names = []
-    for picture in data.pictures:
-        parts = [part for part in PurePosixPath(picture.name).parts if part not in ("/", "..")]
-        names.append(PurePosixPath(*parts))
-    stems = [name.with_suffix("") for name in names]
-    shared = {stem for stem in stems if stems.count(stem) > 1} if len(set(stems)) < len(stems) else set()
-    targets = [folder / f"{name if stem in shared else stem}.png" for name, stem in zip(names, stems)]
-    there = [target for target in targets if target.exists()]
-    if there:
-        raise UserError(f"{there[0]} exists already; draw into a new folder")
-    return targets
-
-
-# eval
-
-
-def score_page(
-    data: DetectionData, results: Sequence[Mapping[str, Any]], scores: DetectionScores, *, title: str
-) -> str:
-    """Scores, classes, and twelve pictures with what is there beside what was found: one self-contained page."""
-
-    def cell(value: Any) -> str:
-        return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
-
-    found = scores.as_json()
-    summary = "".join(
-        f'<tr><th scope="row">{html.escape(words)}</th><td>{cell(found[name])}</td></tr>'
-        for name, words in NAMES.items()
-    )
-    classes = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{cell(row["ap"])}</td><td>{cell(row["ap50"])}</td>'
-        f"<td>{cell(int(row['objects']))}</td></tr>"
-        for name, row in found["per_class"].items()
-    )
-    drawn = "".join(
-        f'<img loading="lazy" src="{_data_uri(draw_pairs(data, results, [index]))}" '
-        f'alt="{html.escape(data.pictures[index].name)}: objects, and detections">'
-        for index in _shown(data)
-    )
-    style = (
-        ":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;"
-        "padding:0 1rem}table{border-collapse:collapse;margin:1rem 0}th,td{padding:.2rem .8rem;text-align:right;"
-        "border-bottom:1px solid color-mix(in srgb,currentColor 20%,transparent)}th[scope=row]{text-align:left;"
-        "font-weight:normal;overflow-wrap:anywhere}img{max-width:100%;height:auto;margin:.3rem}"
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{style}</style></head><body><h1>{html.escape(title)}</h1>"
-        f"<p>{scores.pictures:,} pictures of {html.escape(data.source)}, {scores.objects:,} objects, "
-        f"{scores.detections:,} detections. COCO's measures: AP is the mean over IoU thresholds .50 to .95 and "
-        f"classes; - where there is no object.</p><table><tbody>{summary}</tbody></table>"
-        '<table><thead><tr><th scope="col">class</th><th scope="col">AP</th><th scope="col">AP50</th>'
-        f'<th scope="col">objects</th></tr></thead><tbody>{classes}</tbody></table>'
-        f"<h2>Objects (dashed) and detections from score {LEAST_SCORE:g}</h2>{drawn}</body></html>\n"
-    )
-
-
-def write_scores(
-    path: Path,
-    scores: DetectionScores,
-    data: DetectionData,
-    results: Sequence[Mapping[str, Any]],
-    *,
-    title: str = "Detections",
-) -> None:
-    """Scores as a page (.html), as JSON (.json), or as a table of a row for all classes and one for each (.csv).
-
-    Raises:
-        UserError: another ending, or a path that cannot be written.
-    """
-    kind = check_ending(path, (".html", ".json", ".csv"))
-    if kind == ".json":
-        _write_json(path, scores.as_json())
-        return
-    if kind == ".html":
-        page = score_page(data, results, scores, title=title)
-        with replacing(path) as stream:
-            stream.write(page)
-        return
-    found = scores.as_json()
-    rows: list[dict[str, Any]] = [{"class": "", "objects": scores.objects, **{name: found[name] for name in NAMES}}]
-    rows += [{"class": name, **row} for name, row in found["per_class"].items()]
-    with replacing(path) as stream:
-        table = csv.DictWriter(stream, ["class", "objects", *NAMES], restval="")
-        table.writeheader()
-        table.writerows(rows)
-
-
-# inspect
-
-
-@dataclass(frozen=True)
-class DataSurvey:
-    """What is in data.
-
-    Attributes:
-        source: what was read.
-        pictures, objects, crowds, without_objects, clipped: counts; pictures without objects, boxes cut at the edge.
-        sizes: areas of objects by COCO: small (up to 32 x 32 pixels), medium (to 96 x 96) and large.
-        classes: for each name, category id, objects, pictures, and median side in pixels (None without objects).
-        picture_sizes: smallest, median and largest picture by area, (width, height).
-        most: objects in the fullest picture, and its name.
-        notes: what reading left out.
-        warnings: what may spoil a training or its scores, in words.
-    """
-
-    source: str
-    pictures: int
-    objects: int
-    crowds: int
-    without_objects: int
-    clipped: int
-    sizes: Mapping[str, int]
-    classes: tuple[Mapping[str, Any], ...]
-    picture_sizes: tuple[tuple[int, int], ...]
-    most: tuple[int, str]
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def text(self) -> str:
-        """Counts, a table of the classes, notes and warnings."""
-        sides = ["x".join(map(str, size)) for size in self.picture_sizes]
-        lines = [
-            f"{self.source}",
-            f"{self.pictures:,} pictures, {sides[0]} to {sides[2]} pixels, median {sides[1]}; "
-            f"{self.without_objects:,} without objects",
-            f"{self.objects:,} objects: " + ", ".join(f"{number:,} {name}" for name, number in self.sizes.items()),
-            f"most in a picture: {self.most[0]} ({self.most[1]})",
-        ]
-        if self.crowds:
-            lines.append(f"{self.crowds:,} crowds, neither trained on nor counted")
-        if self.clipped:
-            lines.append(f"{self.clipped:,} boxes cut at the edge of their picture")
-        wide = max(len("class"), *(len(row["name"]) for row in self.classes))
-        lines += ["", f"{'class':<{wide}}  {'id':>5}  {'objects':>8}  {'pictures':>8}  median side"]
-        for row in self.classes:
-            side = "-" if row["median_side"] is None else f"{row['median_side']:.0f}"
-            lines.append(
-                f"{row['name']:<{wide}}  {row['id']:>5}  {row['objects']:>8,}  {row['pictures']:>8,}  {side:>11}"
-            )
-        lines += ["", *(f"note: {note}" for note in self.notes)] if self.notes else []
-        lines += ["", *(f"warning: {warning}" for warning in self.warnings)] if self.warnings else []
-        return "\n".join(lines) + "\n"
-
-
-def survey_data(data: DetectionData) -> DataSurvey:
-    """Count what is in data, and say what may spoil a training on them."""
-    keep = [~picture.crowd for picture in data.pictures]
-    counts = [int(own.sum()) for own in keep]
-    labels = np.concatenate([picture.labels[own] for picture, own in zip(data.pictures, keep)])
-    areas = np.concatenate([picture.areas[own] for picture, own in zip(data.pictures, keep)])
-    boxes = np.concatenate([picture.boxes[own] for picture, own in zip(data.pictures, keep)])
-    extents = boxes[:, 2:] - boxes[:, :2]
-    sides: NDArray[np.float64] = np.sqrt(extents.prod(axis=1, dtype=np.float64))
-    with_class = np.zeros(len(data.classes), dtype=int)
-    for picture, own in zip(data.pictures, keep):
-        with_class[np.unique(picture.labels[own])] += 1
-    classes = []
-    for label, name in enumerate(data.classes):
-        mine = labels == label
-        classes.append(
-            {
-                "name": name,
-                "id": data.category_ids[label],
-                "objects": int(mine.sum()),
-                "pictures": int(with_class[label]),
-                "median_side": float(np.median(sides[mine])) if mine.any() else None,
-            }
-        )
-    by_area = sorted(((picture.width, picture.height) for picture in data.pictures), key=math.prod)
-    fullest = int(np.argmax(counts))
-    return DataSurvey(
-        source=data.source,
-        pictures=len(data.pictures),
-        objects=len(labels),
-        crowds=sum(int(picture.crowd.sum()) for picture in data.pictures),
-        without_objects=sum(not count for count in counts),
-        clipped=sum(picture.clipped for picture in data.pictures),
-        sizes={
-            "small": int((areas < SMALL).sum()),
-            "medium": int(((areas >= SMALL) & (areas < LARGE)).sum()),
-            "large": int((areas >= LARGE).sum()),
-        },
-        classes=tuple(classes),
-        picture_sizes=(by_area[0], by_area[len(by_area) // 2], by_area[-1]),
-        most=(counts[fullest], data.pictures[fullest].name),
-        notes=data.notes,
-        warnings=tuple(_warnings(data, classes, counts, extents)),
-    )
-
-
-def _warnings(
-    data: DetectionData, classes: Sequence[Mapping[str, Any]], counts: Sequence[int], extents: NDArray[np.float32]
-) -> Iterable[str]:
-    none = [row["name"] for row in classes if not row["objects"]]
-    if none:
-        yield f"{len(none)} classes without an object: {_some(none)}"
-    few = [f"{row['name']} ({row['objects']})" for row in classes if 0 < row["objects"] < 5]
-    if few:
-        yield f"{len(few)} classes with fewer than 5 objects, too few to learn or to score: {_some(few)}"
-    thin = int((extents.min(axis=1) < 3).sum()) if len(extents) else 0
-    if thin:
-        yield f"{thin} objects are less than 3 pixels high or wide"
-    full = sum(count > 100 for count in counts)
-    if full:
-        yield f"{full} pictures have more than 100 objects; COCO's measures count 100 detections of a picture"
-    empty = sum(not count for count in counts)
-    if 2 * empty > len(counts):
-        yield f"{empty} of {len(counts)} pictures have no objects; are their labels where they are looked for?"
-    if len(counts) - empty < 20:
-        yield f"only {len(counts) - empty} pictures have objects; scores of so few say little"
-
-
-def sheet(data: DetectionData) -> Image.Image:
-    """Up to twelve pictures with their objects."""
-    side = 320
-    cells = []
-    for index in _shown(data):
-        picture, pixels = data.pictures[index], data.pixels(index)
-        longer = max(pixels.shape[:2])
-        scale = math.ceil(side / longer) if longer <= side else side / longer
-        truth = (picture.boxes[~picture.crowd], picture.labels[~picture.crowd])
-        cells.append(draw_detections(pixels, truth=truth, classes=data.classes, scale=scale))
-    width, height = (max(cell.size[axis] for cell in cells) + MARGIN for axis in (0, 1))
-    across = min(4, len(cells))
-    whole = Image.new("RGB", (across * width + MARGIN, math.ceil(len(cells) / across) * height + MARGIN), PAPER)
-    for place, cell in enumerate(cells):
-        whole.paste(cell, (place % across * width + MARGIN, place // across * height + MARGIN))
-    return whole
-
-
-# what several of them need
-
-
-def check_device(device: str) -> None:
-    """Raise when torch has no such device here.
-
-    Raises:
-        UserError: with torch's reason.
-    """
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as problem:  # torch asserts that it was compiled with CUDA
-        raise UserError(f"device {device!r}: {str(problem).splitlines()[0]}") from None
-
-
-def check_ending(path: Path, endings: Sequence[str]) -> str:
-    """The ending of a file's name, one of these.
-
-    Raises:
-        UserError: it is none of them.
-    """
-    kind = path.suffix.lower()
-    if kind not in endings:
-        raise UserError(f"{path} should end in {' or '.join(endings)}")
-    return kind
-
-
-def folder_of(data: DetectionData) -> Path:
-    """The folder that the pictures' names are relative to."""
-    first = data.pictures[0]
-    assert first.file is not None
-    depth = len(PurePosixPath(first.name).parts)
-    parents = first.file.absolute().parents
-    return parents[min(depth, len(parents)) - 1]
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(f"cannot make the folder {path}: {problem.strerror}; name another") from None
-
-
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a picture as PNG.
-
-    Raises:
-        UserError: a path that cannot be written.
-    """
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    _write_bytes(path, buffer.getvalue())
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as problem:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {problem.strerror or problem}; name another file") from None
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with replacing(path) as stream:
-        json.dump(value, stream, indent=1, ensure_ascii=False, allow_nan=False)
-        stream.write("\n")
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _spaced(count: int, most: int) -> list[int]:
-    """At most so many indices, evenly spaced."""
-    return [index * count // min(count, most) for index in range(min(count, most))]
-
-
-def _shown(data: DetectionData) -> list[int]:
-    """Pictures to draw: with objects if there are any, evenly spaced."""
-    full = [index for index, picture in enumerate(data.pictures) if not picture.crowd.all()]
-    chosen = full or list(range(len(data.pictures)))
-    return [chosen[index] for index in _spaced(len(chosen), SHOWN)]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    write_bytes(file, buffer.getvalue())
