@@ -299,7 +299,9 @@ class Finder:
             similarity = float(np.dot(vectors[number], vectors[paper.id])) if both else None
             tags = [tag for tag in card.tags if _plain(tag) in text]
             words = [word for word in re.findall(r"\w{6,}", card.title.lower()) if _plain(word) in text]
-            shared = tuple(dict.fromkeys([*tags, *(word for word in words if not any(word in tag for tag in tags))]))
+            shared = tuple(
+                dict.fromkeys([*tags, *(word for word in words if not any(word in tag or tag in word for tag in tags))])
+            )
             if tags or (similarity is not None and similarity >= least) or (similarity is None and len(words) > 1):
                 found.append(((similarity or 0.0, len(tags), len(words)), slug, number, similarity, shared))
         found.sort(key=lambda one: (*(-part for part in one[0]), one[1]))
