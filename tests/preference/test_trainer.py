@@ -356,7 +356,6 @@ def test_data_that_do_not_go_with_the_method_are_refused(tmp_path):
         TrainSettings(learning_rate=0)
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     """Two processes with half the batch each share their gradients; same rows per step, so the same losses."""
     write(examples(32), tmp_path / "data.jsonl")
@@ -370,7 +369,7 @@ def test_two_processes_train_as_one_does(tmp_path):
         "checkpoint_every=2))\n"
     )
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for command, out, batch in (([sys.executable], "one", "8"), (torchrun, "two", "4")):
         ran = subprocess.run(
             [*command, str(script), str(tmp_path), str(tmp_path / out), batch], env=environment, capture_output=True

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
 import warnings
@@ -71,7 +72,7 @@ class TrainSettings:
     Args:
         epochs: passes over the data, when `steps` is None.
         steps: optimizer steps.
-        batch: prompts, with their completions, per optimizer step.
+        batch: prompts, with their completions, per optimizer step and process.
         learning_rate: at its highest; the default is for LoRA. Full fine-tuning wants a tenth or less.
         schedule: after the warm-up.
         warmup: share of the steps over which the rate rises.
@@ -563,7 +564,8 @@ class PreferenceTrainer(Trainer):
             ) from None
         finally:
             self._get_output_dir = own  # type: ignore[method-assign]
-            shutil.rmtree(staging, ignore_errors=True)
+            if self.args.should_save:  # another process would take away what is about to be renamed
+                shutil.rmtree(staging, ignore_errors=True)
         if self.args.should_save and self.args.save_total_limit:
             rotate_checkpoints(output_dir=str(out), save_total_limit=self.args.save_total_limit, use_mtime=False)
 
@@ -714,11 +716,12 @@ def train(
     if len(test) > EVALUATED:
         notes.append(f"evaluated on {EVALUATED} of {len(test)} held-out rows")
         test = test[:EVALUATED]
-    total = settings.steps or math.ceil(settings.epochs * math.ceil(len(examples) / settings.batch))
-    if total * settings.batch < len(examples):
+    batch = settings.batch * int(os.environ.get("WORLD_SIZE", "1"))  # of a step, over all processes of a launcher
+    total = settings.steps or math.ceil(settings.epochs * math.ceil(len(examples) / batch))
+    if total * batch < len(examples):
         # Rows that no step will see need no reference.
-        order = np.random.default_rng(settings.seed).permutation(len(examples))[: total * settings.batch]
-        notes.append(f"{total} steps of {settings.batch} see {len(order)} of {len(examples)} rows")
+        order = np.random.default_rng(settings.seed).permutation(len(examples))[: total * batch]
+        notes.append(f"{total} steps of {batch} see {len(order)} of {len(examples)} rows")
         examples = [examples[index] for index in sorted(order)]
     every = settings.evaluate_every or max(1, total // 10)
     arguments = training_arguments(
