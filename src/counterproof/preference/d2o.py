@@ -40,6 +40,7 @@ from counterproof.preference.trainer import (
     Trained,
     TrainSettings,
     lora_config,
+    rows_per_step,
     save,
     training_arguments,
 )
@@ -827,7 +828,7 @@ class D2OTraining:
         drawn = self.sample(
             language, examples, seed=settings.seed, max_length=settings.max_length, cache=out / "self-samples.sqlite"
         )
-        total = settings.steps or math.ceil(settings.epochs * math.ceil(len(drawn) / settings.batch))
+        total = settings.steps or math.ceil(settings.epochs * math.ceil(len(drawn) / rows_per_step(settings)))
         arguments = training_arguments(
             settings,
             language.model,

@@ -634,6 +634,11 @@ def training_arguments(
     return TrainingArguments(**{**arguments, **more})
 
 
+def rows_per_step(settings: TrainSettings) -> int:
+    """Rows of an optimizer step, over all processes that torchrun or accelerate launched."""
+    return settings.batch * int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def lora_config(settings: TrainSettings, model: nn.Module) -> LoraConfig | None:
     """The adapter that settings ask for; None for full fine-tuning, and for a model that has one."""
     if not settings.lora or isinstance(model, PeftModel):
@@ -716,7 +721,7 @@ def train(
     if len(test) > EVALUATED:
         notes.append(f"evaluated on {EVALUATED} of {len(test)} held-out rows")
         test = test[:EVALUATED]
-    batch = settings.batch * int(os.environ.get("WORLD_SIZE", "1"))  # of a step, over all processes of a launcher
+    batch = rows_per_step(settings)
     total = settings.steps or math.ceil(settings.epochs * math.ceil(len(examples) / batch))
     if total * batch < len(examples):
         # Rows that no step will see need no reference.
