@@ -393,6 +393,13 @@ def test_data_are_checked_before_anything_is_written(pictures, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_several_processes_do_not_train_into_one_folder(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="works in one process"):
+        train(pictures, tmp_path / "out", settings=FAST)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_breaks_off_is_named_and_put_back_the_training_goes_on(workers, small, tmp_path):
     folder = coco(tmp_path / "coco", number=4)

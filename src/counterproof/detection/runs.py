@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -281,11 +282,17 @@ def train(
             each look "look" with its step and its ap, ap50 and ap75.
 
     Raises:
-        UserError: data, model, method or settings that will not do; a folder that holds something else.
+        UserError: data, model, method or settings that will not do; a folder that holds something else; a launcher of
+            several processes.
         FloatingPointError: the loss is not finite.
     """
     out = Path(out)
     tell = watch or (lambda what, done, of, values: None)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "this training works in one process; for several, put the method on a model and train that with "
+            "transformers' Trainer: counterproof show group-detr says how"
+        )
     check_device(device)
     _check_free(out)
     wanted = (settings or TrainSettings()).filled(model is not None)
