@@ -617,6 +617,32 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_happened(tmp_path):
     assert [step(other, again, seed) for seed in (2, 3)] == expected
 
 
+def test_transformers_trainer_trains_it_and_resumes(tmp_path):
+    data = [{"pixel_values": torch.rand(3, 48, 48), "labels": labels_of([2], seed)[0]} for seed in range(12)]
+
+    def collate(rows):
+        return {
+            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+            "labels": [r["labels"] for r in rows],
+        }
+
+    def trained(resume=None):
+        co = wrapped("deformable", [AtssHead(3), small_rcnn()], generator=torch.Generator().manual_seed(4))
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=4, max_steps=3, save_steps=2, report_to="none", use_cpu=True,
+            remove_unused_columns=False, disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        trainer = transformers.Trainer(co, arguments, train_dataset=data, data_collator=collate)
+        trainer.train(resume_from_checkpoint=resume)
+        return co
+
+    whole = trained()
+    again = trained(str(tmp_path / "checkpoint-2"))
+    assert all(map(torch.equal, whole.parameters(), again.parameters()))
+    one, other = whole.model.bbox_embed[0], whole.model.model.decoder.bbox_embed[0]
+    assert one.layers[0].weight is other.layers[0].weight  # a weight with two names
+
+
 def test_the_host_is_saved_as_a_plain_checkpoint(tmp_path):
     co = wrapped("deformable", [AtssHead(3), small_rcnn()])
     co(**batch()).loss.backward()

@@ -25,6 +25,7 @@ from counterproof.errors import UserError, extra
 with extra("detection"):
     import torch
     from torch import Tensor, nn
+    from transformers.utils import ModelOutput  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,34 +37,25 @@ FEWEST = 9  # positive queries of an image
 EPSILON = 1e-5  # of the inverse sigmoid, as in transformers
 
 
-@dataclass(frozen=True)
-class CoDetrOutput:
-    """What a training step gives.
+@dataclass
+class CoDetrOutput(ModelOutput):  # type: ignore[misc]
+    """What a training step gives, as transformers' Trainer takes it.
 
     Attributes:
-        loss: main + lambda1 * queries + head_loss_scale * heads; None without labels.
+        loss: main + lambda1 * queries + head_loss_scale * heads.
+        logits, pred_boxes: the host's: (B, N, C), and (B, N, 4), centre and size as shares of the picture.
         loss_dict: the parts before these three weights: ``main/...`` as the host names them, ``head0/...`` (each head's
             own weights included), ``query0/...`` as the host names its own.
         positives: (heads,) priors that a head made positive, per object of the batch.
         host: what the host gave.
     """
 
-    loss: Tensor | None
-    loss_dict: dict[str, Tensor]
-    positives: Tensor
-    host: Any
-
-    @property
-    def logits(self) -> Tensor:
-        """(B, N, C) of the host."""
-        logits: Tensor = self.host.logits
-        return logits
-
-    @property
-    def pred_boxes(self) -> Tensor:
-        """(B, N, 4) of the host, centre and size as shares of the picture."""
-        boxes: Tensor = self.host.pred_boxes
-        return boxes
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    positives: Tensor | None = None
+    host: Any = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +213,9 @@ class CoDetr(nn.Module):
         like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         for part in (self.heads, self.finer, self.coarser, self.queries):
             part.to(device=like.device, dtype=like.dtype)
+        # A detector's layers may share their weights under several names, which safetensors refuses to write.
+        self.register_state_dict_post_hook(_without_twins)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_twins)  # type: ignore[no-untyped-call]
         self.train(model.training)
 
     def forward(
@@ -259,7 +254,14 @@ class CoDetr(nn.Module):
                     parts |= {f"query{number}/{name}": value for name, value in named.items()}
                     loss = loss + self.lambda1 * extra_loss
         positives = torch.stack(counts) if counts else loss.new_zeros(0)
-        return CoDetrOutput(loss=loss, loss_dict=parts, positives=positives, host=host)
+        return CoDetrOutput(
+            loss=loss,
+            logits=host.logits,
+            pred_boxes=host.pred_boxes,
+            loss_dict=parts,
+            positives=positives,
+            host=host,
+        )
 
     @torch.no_grad()
     def detect(
@@ -379,13 +381,38 @@ class CoDetr(nn.Module):
             named[f"loss_giou{suffix}"] = apart[layer]
         return total, named
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """The generator's state, so that a resumed training samples on where it stopped."""
-        return {"generator": self._generator.get_state()}
+    def get_extra_state(self) -> Tensor:
+        """The generator's state, so that a resumed training samples on where it stopped; safetensors keeps tensors."""
+        return self._generator.get_state()
 
-    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """See `get_extra_state`."""
-        self._generator.set_state(state["generator"].cpu())
+        self._generator.set_state(state.cpu())
+
+
+def _twins(module: nn.Module) -> dict[str, str]:
+    """Further names of weights that have several, each with the first."""
+    first: dict[int, str] = {}
+    names = {}
+    for name, value in [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]:
+        known = first.setdefault(id(value), name)
+        if known != name:
+            names[name] = known
+    return names
+
+
+def _without_twins(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for name in _twins(module):
+        state.pop(prefix + name, None)
+
+
+def _with_twins(module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+    for name, first in _twins(module).items():
+        if prefix + first in state:
+            state.setdefault(prefix + name, state[prefix + first])
 
 
 class _QueryEmbedding(nn.Module):
