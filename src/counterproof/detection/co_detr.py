@@ -253,7 +253,7 @@ class CoDetr(nn.Module):
                     extra_loss, named = self._query_loss(number, seen, pyramid, assigned, labels)
                     parts |= {f"query{number}/{name}": value for name, value in named.items()}
                     loss = loss + self.lambda1 * extra_loss
-        positives = torch.stack(counts) if counts else loss.new_zeros(0)
+        positives = torch.stack(counts).to(loss.dtype) if counts else loss.new_zeros(0)
         return CoDetrOutput(
             loss=loss,
             logits=host.logits,
