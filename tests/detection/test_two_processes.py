@@ -52,7 +52,7 @@ if os.environ.get("RANK", "0") == "0":
 
 def test_two_processes_train_as_one_does(tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     found = []
     for command in ([sys.executable], several):

@@ -368,7 +368,7 @@ def test_two_processes_train_as_one_does(tmp_path):
         "batch=int(sys.argv[3]), learning_rate=3e-3, lora=4, max_length=32, samples=0, held_out=0.0, "
         "checkpoint_every=2))\n"
     )
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for command, out, batch in (([sys.executable], "one", "8"), (torchrun, "two", "4")):
         ran = subprocess.run(
